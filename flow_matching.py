@@ -409,20 +409,16 @@ def odeint(v, x, t=(0.0, 1.0), method="dopri5", steps=None, rtol=None, atol=None
     """
     _check_batch("x", x)
     _check_cond(cond, x)
-    dims, wide = x.shape[1:], _wide(x.dtype)
+    wide = _wide(x.dtype)
 
-    def f(t, z, **cond):  # (B, d) -> (B, d)
-        z_t = v(t, z.reshape(-1, *dims).to(x.dtype), **cond)
-        if z_t.shape != (len(z), *dims):
-            raise ValueError(f"v must return the shape of x, {(len(z), *dims)}; got {tuple(z_t.shape)}")
-        return z_t.reshape(z.shape).to(wide)
+    def f(t, z, **cond):
+        v_t = v(t, z.to(x.dtype), **cond)
+        if v_t.shape != z.shape:
+            raise ValueError(f"v must return the shape of x, {tuple(z.shape)}; got {tuple(v_t.shape)}")
+        return v_t.to(wide)
 
-    try:
-        xs, *counts = _solve(f, x.reshape(len(x), -1).to(wide), t, method, steps, rtol, atol, max_nfe, None, cond)
-    except SolverError as e:
-        raise SolverError(str(e), e.t, e.x.reshape(x.shape).to(x.dtype)) from None
-    xs = xs.reshape(-1, *x.shape).to(x.dtype)
-    return Solution(xs[-1], xs, *counts)
+    xs, *counts = _solve(f, x.to(wide), t, method, steps, rtol, atol, max_nfe, None, cond)
+    return Solution(xs[-1].to(x.dtype), xs.to(x.dtype), *counts)
 
 
 @torch.no_grad()
@@ -436,7 +432,7 @@ def sample(v, path, shape, device=None, dtype=None, generator=None, **solver):
 
 
 def _solve(f, x, t, method, steps, rtol, atol, max_nfe, split, cond):
-    """xs (T, B, d), nfe, accepted, rejected for x (B, d), once the options are seen to fit together."""
+    """xs (T, B, *dims), nfe, accepted, rejected for x (B, *dims), once the options are seen to fit together."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     grid = torch.as_tensor(t, dtype=x.dtype, device="cpu")
@@ -459,21 +455,30 @@ def _solve(f, x, t, method, steps, rtol, atol, max_nfe, split, cond):
 
 
 def _tensors(tableau, x):
-    """The tableau's rows as tensors beside x."""
-    row = lambda a: torch.tensor(a, dtype=x.dtype, device=x.device)
-    A = [row(a) for a in (*tableau.A[1:], *(b for b in (tableau.B,) if b))]
-    return row(tableau.C)[:, None], A, row(tableau.E) if tableau.E else None
+    """C, the rows of A and B that lead from point to point, and E as tensors beside x, in one transfer."""
+    rows = [a for a in (tableau.C, *tableau.A[1:], tableau.B, tableau.E) if a]
+    table = torch.tensor([(*a, *(0,) * (len(tableau.C) - len(a))) for a in rows], dtype=x.dtype, device=x.device)
+    C, *A = (r[: len(a)] for r, a in zip(table.unbind(), rows))
+    return C[:, None], A, A.pop() if tableau.E else None
+
+
+def _combine(a, ks, x):
+    """x + sum_j a[j] ks[j], all flat: a matrix-vector product, whose rounding does not depend on the batch."""
+    return torch.addmv(x, torch.stack(ks).T, a)
 
 
 def _rk_step(f, C, A, t, t_new, x, k, cond):
-    """x at t_new and the slopes of one explicit Runge-Kutta step from x (B, d) at t (B,), where k = f(t, x)."""
-    T = torch.lerp(t, t_new, C)  # (stages, B): never leaves [t, t_new], and ends on it exactly
-    h, ks = (t_new - t)[:, None], [k]
+    """x at t_new, h times all slopes (flat), and the last slope of one explicit Runge-Kutta step; k = f(t, x)."""
+    shape, x = x.shape, x.reshape(-1)
+    T = torch.lerp(t, t_new, C).unbind()  # never leaves [t, t_new], and ends on it exactly
+    h = (t_new - t).view(-1, *(1,) * (len(shape) - 1))
+    hks = [(h * k).reshape(-1)]
     for i, a in enumerate(A, 1):
-        x_i = torch.addcmul(x, h, (a @ torch.stack(ks).reshape(i, -1)).reshape(x.shape))
-        if i < len(C):
-            ks.append(f(T[i], x_i, **cond))
-    return x_i, ks
+        x_i = _combine(a, hks, x).view(shape)
+        if i < len(T):
+            k = f(T[i], x_i, **cond)
+            hks.append((h * k).reshape(-1))
+    return x_i, hks, k
 
 
 def _fixed_steps(f, x, t, tableau, steps, cond):
@@ -486,10 +491,10 @@ def _fixed_steps(f, x, t, tableau, steps, cond):
     for a, b, n in zip(t, t[1:], counts):
         for j in range(n):
             s, s_new = (x.new_full((len(x),), a + (b - a) * m / n if m < n else b) for m in (j, j + 1))
-            x_new, _ = _rk_step(f, C, A, s, s_new, x, f(s, x, **cond), cond)
+            x_new, _, _ = _rk_step(f, C, A, s, s_new, x, f(s, x, **cond), cond)
             nfe += len(C)
             if not x_new.isfinite().all():
-                i = (~x_new.isfinite()).any(1).nonzero()[0].item()
+                i = _first(~x_new.isfinite())
                 raise SolverError(f"the step of {b - a:.1e} / {n} from t = {s[i]:.6g} is not finite in sample {i} after "
                                   f"{nfe} calls; is v finite there? take more steps", s, x)
             x = x_new
@@ -498,84 +503,91 @@ def _fixed_steps(f, x, t, tableau, steps, cond):
     return torch.stack(xs), count * len(C), count, count * 0
 
 
+def _first(mask):
+    """The first row of mask (B, ...) with a True."""
+    return mask.reshape(len(mask), -1).any(1).int().argmax().item()
+
+
 def _dopri5(f, x, t, rtol, atol, max_nfe, split, cond):
-    """Adaptive steps: row i of x (B, d) has a time, step and error of its own and leaves the batch when it is done."""
+    """Adaptive steps: sample i of x (B, *dims) has a time, step and error of its own and leaves when it is done."""
     C, A, E = _tensors(DOPRI5, x)
-    grid, sign = x.new_tensor(t), math.copysign(1, t[-1] - t[0])
+    grid = x.new_tensor(t)
     row = torch.arange(len(x), device=x.device)  # which sample a row is
     leg = torch.ones_like(row)  # and which of the times it heads for
     xs, nfe, rejected = x.new_zeros(len(t), *x.shape), torch.zeros_like(row), torch.zeros_like(row)
-    xs[0], t, calls = x, grid[0].repeat(len(x)), 2
-    t_reached = t.clone()
+    xs[0], t, t_end, calls = x, grid[:1].repeat(len(x)), grid[1:2].repeat(len(x)), 2
 
-    def norm(e):  # RMS over the dimensions; the columns from split on, a log-determinant, are a block of their own
-        blocks = (e,) if split is None else (e[:, :split], e[:, split:])
-        return functools.reduce(torch.maximum, (torch.linalg.vector_norm(b, dim=1) * b.shape[1] ** -0.5 for b in blocks))
+    def rms(e):
+        return torch.linalg.vector_norm(e, dim=1) * e.shape[1] ** -0.5
+
+    def norm(e):  # the columns from split on, a log-determinant, are a block of their own
+        e = e.view(t.shape[0], -1)
+        return rms(e) if split is None else torch.maximum(rms(e[:, :split]), rms(e[:, split:]))
 
     def fail(i, what):
-        t_reached[row], x_reached = t, xs[-1].detach().clone()
-        x_reached[row] = x.detach()
-        raise SolverError(f"dopri5: step {sign * h[i]:.1e} at t = {t[i]:.6g} in sample {row[i]} after {calls} calls: {what}",
+        t_reached, x_reached = grid[-1:].repeat(len(nfe)), xs[-1].detach().clone()
+        t_reached[row], x_reached[row] = t, x.detach()
+        raise SolverError(f"dopri5: step {h[i]:.1e} at t = {t[i]:.6g} in sample {row[i]} after {calls} calls: {what}",
                           t_reached, x_reached)
 
-    k = f(t, x, **cond)
-    h = torch.zeros_like(t)
+    k, h = f(t, x, **cond), torch.zeros_like(t)
     if not k.isfinite().all():
-        fail((~k.isfinite()).any(1).int().argmax().item(), "v is not finite at the start; look at its weights and at x")
+        fail(_first(~k.isfinite()), "v is not finite at the start; look at its weights and at x")
     with torch.no_grad():
-        h = _first_step(f, t, x, k, sign, grid, rtol, atol, norm, cond)
+        h = _first_step(f, t, x, k, grid[1] - grid[0], rtol, atol, norm, cond)
     while True:
         if calls + 6 > max_nfe:
             fail(0, f"max_nfe = {max_nfe} is spent; loosen rtol and atol, raise max_nfe, or see whether v is stiff")
-        to_go = grid[leg] - t
-        hit = to_go.abs() <= 1.01 * h
-        t_new = torch.where(hit, grid[leg], t + sign * h)
-        x_new, ks = _rk_step(f, C, A, t, t_new, x, k, cond)
+        to_go = t_end - t
+        left = to_go / h  # steps; the last two are made equal
+        hit = left <= 1.01
+        t_new = torch.where(hit, t_end, t + torch.where(left < 2, to_go / 2, h))
+        x_new, hks, k_new = _rk_step(f, C, A, t, t_new, x, k, cond)
         calls += 6
         with torch.no_grad():
-            step = (t_new - t).abs()
-            error = (E @ torch.stack(ks).reshape(7, -1)).reshape(x.shape) / (atol + rtol * torch.maximum(x.abs(), x_new.abs()))
-            error = (step * norm(error)).nan_to_num(nan=math.inf, posinf=math.inf)
-            ok = error <= 1
-            factor = (0.9 * torch.exp(-0.2 * torch.log(error))).clamp(0.2, 3)
-            h_new = step * factor
-            arrived = hit & ok
-            h = torch.where(arrived, torch.maximum(h, h_new), h_new)  # a step cut short says nothing against a longer one
-            all_ok, some_arrived, stuck = torch.stack((ok.all(), arrived.any(), (step == 0).any())).tolist()
-        if stuck:
-            i = (step == 0).int().argmax().item()
-            fail(i, "the step is below the resolution of t; " + (
-                "v is not finite near here" if error[i].isinf() else f"rtol and atol are too tight for {x.dtype}, or v is singular here"))
-        if all_ok:
-            t, x, k = t_new, x_new, ks[-1]
+            scale = torch.maximum(x.abs(), x_new.abs()) * rtol + atol
+            error = norm(torch.mv(torch.stack(hks).T, E).view(scale.shape) / scale)
+            step, h_old = t_new - t, h
+            ok = (error <= 1) & (step != 0)  # False also where error is not a number
+            h = step * (0.9 * torch.exp(-0.2 * torch.log(error))).clamp(0.2, 3)
+        if ok.all():
+            t, x, k = t_new, x_new, k_new
         else:
-            t, x = torch.where(ok, t_new, t), torch.where(ok[:, None], x_new, x)
-            k = torch.where(ok[:, None], ks[-1], k)
+            if (step == 0).any():
+                i = _first(step == 0)
+                fail(i, "the step is below the resolution of t; " + (
+                    "v is not finite near here" if not error[i].isfinite() else f"rtol and atol are too tight for {x.dtype}, or v is singular here"))
+            t, ok_x = torch.where(ok, t_new, t), ok.view(-1, *(1,) * (x.ndim - 1))
+            x, k = torch.where(ok_x, x_new, x), torch.where(ok_x, k_new, k)
+            h = torch.where(h.isnan(), 0.2 * step, h)
             rejected[row] += ~ok
-        if some_arrived:
-            xs[leg[arrived], row[arrived]] = x[arrived]
-            leg = leg + arrived
-            go_on = leg < len(grid)
-            nfe[row[~go_on]] = calls
-            t_reached[row] = t
-            if not go_on.any():
+        arrived = hit & ok
+        if arrived.any():
+            xs[leg, row], nfe[row] = x, calls  # rows that have not arrived will write again
+            leg, h = leg + arrived, torch.where(arrived & (h_old / h > 1), h_old, h)  # a step cut short is no sign of trouble
+            go_on = (leg < len(grid)).nonzero()[:, 0]
+            if len(go_on) == 0:
                 return xs, nfe, (nfe - 2) // 6 - rejected, rejected
-            t, h, x, k, row, leg = (s[go_on] for s in (t, h, x, k, row, leg))
-            cond = {name: c[go_on] for name, c in cond.items()}
+            if len(go_on) < len(row):
+                t, h, x, k, row, leg = (s.index_select(0, go_on) for s in (t, h, x, k, row, leg))
+                cond = {name: c.index_select(0, go_on) for name, c in cond.items()}
+            t_end = grid[leg]
 
 
-def _first_step(f, t, x, k, sign, grid, rtol, atol, norm, cond):
-    """A first step (B,) from two slopes, a little apart, and inside the first interval.
+def _first_step(f, t, x, k, span, rtol, atol, norm, cond):
+    """A first step (B,), signed, from two slopes a little apart, inside the first interval.
 
     After Hairer, Norsett & Wanner (1993), II.4, whose h1 serves as the lower bound. A field of rate L = |v'| / |v| has an
     error near |v| L^4 h^5 / 1000; to set it to 0.1 saves a fifth of the calls on easy fields.
     """
-    scale, span = atol + rtol * x.abs(), (grid[1] - grid[0]).abs()
+    scale = atol + rtol * x.abs()
     d0, d1 = norm(x / scale), norm(k / scale)
-    h0 = torch.minimum(0.01 * d0.clamp(min=1e3) / d1, 0.01 * span)
-    d2 = norm((f(t + sign * h0, x + sign * h0[:, None] * k, **cond) - k) / scale) / h0
-    h1 = torch.exp(torch.log(torch.fmax(100 / (d1 * (d2 / d1) ** 4), 0.01 / torch.maximum(d1, d2))) / 5)
-    return torch.where(h1.isnan(), h0, torch.minimum(torch.minimum(h1, 1000 * h0), span))
+    h0 = torch.minimum(0.01 * d0.clamp(min=1e3) / d1, 0.01 * span.abs())
+    step = h0 * span.sign()
+    d2 = norm((f(t + step, x + expand(step, x) * k, **cond) - k) / scale) / h0
+    h1 = torch.exp(torch.log(torch.fmax(100 / (d1 * (d2 / d1).square().square()), 0.01 / torch.maximum(d1, d2))) / 5)
+    h1 = torch.where(h1.isnan(), h0, torch.minimum(h1, 1000 * h0))
+    return torch.minimum(h1, span.abs()) * span.sign()
 
 
 # ---- 5 Likelihood, Appendix C ----------------------------------------------------------------------------------------
@@ -607,15 +619,16 @@ def log_prob(v, x1, path=None, divergence="exact", probes=1, differentiable=Fals
     if not isinstance(probes, int) or probes < 1 or (divergence == "exact" and probes != 1):
         raise ValueError(f"probes must be a whole number >= 1, and goes with divergence='hutchinson'; got {probes!r}")
     (B, *dims), d, wide = x1.shape, x1[0].numel(), _wide(x1.dtype)
-    eps = None
-    if divergence == "hutchinson":  # Departure: the paper names no law; Rademacher signs have the least variance
-        eps = torch.randint(2, (B, probes, *dims), device=x1.device).to(x1.dtype) * 2 - 1
-        cond = {**cond, "_eps": eps}
+    if divergence == "exact":
+        eps = torch.eye(d, dtype=x1.dtype, device=x1.device).view(d, 1, *dims)  # (d, 1, *dims): tr = sum_j e_j^T J e_j
+    else:  # Departure: the paper names no law; Rademacher signs have the least variance
+        cond = {**cond, "_eps": torch.randint(2, (B, probes, *dims), device=x1.device).to(x1.dtype) * 2 - 1}
 
     def f(t, z, _eps=None, **cond):  # z = [phi_t, f(t)], Eqs. (28)-(29)
-        x = z[:, :d].reshape(-1, *dims).to(x1.dtype)
-        v_t, div_t = _divergence(v, t, x, _eps, differentiable, cond)
-        return torch.cat([v_t.reshape(-1, d), -div_t], 1).to(wide)
+        x = z[:, :d].view(-1, *dims).to(x1.dtype)
+        rows = eps if _eps is None else _eps.movedim(1, 0)  # a sample's probes have stayed with it
+        v_t, div_t = _divergence(v, t, x, rows, divergence == "exact", differentiable, cond)
+        return torch.cat([v_t.reshape(len(z), d), -div_t], 1).to(wide)
 
     t0, t1 = path.t_span if path else (0.0, 1.0)
     # Attention's fused kernels have no double backward, and their backward no batching rule: take the plain product.
@@ -625,14 +638,15 @@ def log_prob(v, x1, path=None, divergence="exact", probes=1, differentiable=Fals
         x0, f0 = zs[-1, :, :d], zs[-1, :, d:]
         std = path.source_std if path else 1.0
         log_p0 = -(x0 / std).square().sum(1) / 2 - d * math.log(std * math.sqrt(2 * math.pi))
-        std_err = f0.std(1) / math.sqrt(probes) if probes > 1 else torch.full_like(log_p0, 0 if eps is None else math.nan)
+        unknown = 0.0 if divergence == "exact" else math.nan
+        std_err = f0.std(1) / math.sqrt(probes) if probes > 1 else torch.full_like(log_p0, unknown)
     return LogProb(log_p0 - f0.mean(1), std_err, x0.reshape(x1.shape).to(x1.dtype), nfe)  # Eqs. (33), (35)
 
 
-def _divergence(v, t, x, eps, differentiable, cond):
-    """v_t (B, *dims) and its divergence: (B, 1) exact, or eps^T (dv/dx) eps (B, P) for eps (B, P, *dims), Eq. (34).
+def _divergence(v, t, x, rows, summed, differentiable, cond):
+    """v_t (B, *dims) and rows^T (dv/dx) rows for rows (P, B or 1, *dims), Eq. (34): (B, P), or (B, 1) if summed.
 
-    One forward pass and one batched reverse pass: of the ways tried the fastest, and no demand on the network.
+    One forward pass and one batched reverse pass: the fastest of the ways tried, and no demand on the network.
     """
     with torch.enable_grad():
         if not (differentiable and x.requires_grad):
@@ -640,24 +654,21 @@ def _divergence(v, t, x, eps, differentiable, cond):
         v_t = v(t, x, **cond)
         if v_t.shape != x.shape:
             raise ValueError(f"v must return the shape of x, {tuple(x.shape)}; got {tuple(v_t.shape)}")
-
-        def pull_back(rows):  # (P, B, *dims) -> rows^T dv/dx, (P, B, d)
-            grads = torch.autograd.grad(v_t, x, rows, is_grads_batched=True, allow_unused=True,
-                                        retain_graph=True, create_graph=differentiable)  # fmt: skip
-            return torch.zeros_like(rows).flatten(2) if grads[0] is None else grads[0].reshape(*rows.shape[:2], -1)
-
-        B, d = len(x), x[0].numel()
-        if not v_t.requires_grad:
-            div_t = x.new_zeros(B, 1 if eps is None else eps.shape[1])
-        elif eps is not None:
-            eps = eps.movedim(1, 0)
-            div_t = (pull_back(eps) * eps.reshape(len(eps), B, -1)).sum(2).T
-        else:
-            eye, n = torch.eye(d, dtype=x.dtype, device=x.device), max(1, 2**22 // (B * d))
-            div_t = sum(
-                pull_back(rows.reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)).diagonal(i * n, 0, 2).sum(1)
-                for i, rows in enumerate(eye.split(n))
-            )[:, None]
+        parts, products = rows.split(max(1, 2**22 // x.numel())), []
+        for i, e in enumerate(parts, 1):
+            e = e.expand(-1, *x.shape)
+            keep = {"allow_unused": True, "create_graph": differentiable, "retain_graph": differentiable or i < len(parts)}
+            if not v_t.requires_grad:
+                (g,) = (None,)
+            elif len(e) == 1:
+                (g,) = torch.autograd.grad(v_t, x, e[0], **keep)
+            else:
+                (g,) = torch.autograd.grad(v_t, x, e, is_grads_batched=True, **keep)
+            g = torch.zeros_like(e) if g is None else g  # a field that ignores x
+            product = (e * g).view(len(e), len(x), -1)
+            products.append(product.sum((0, 2))[None] if summed else product.sum(2))
+        div_t = torch.cat(products).T
+    div_t = div_t.sum(1, keepdim=True) if summed else div_t
     return (v_t, div_t) if differentiable else (v_t.detach(), div_t.detach())
 
 
