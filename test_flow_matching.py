@@ -1,0 +1,710 @@
+"""Every equation against something that is not our code: a closed form, autodiff, quadrature, a tableau's order conditions.
+
+Run with: python -m pytest -q test_flow_matching.py
+"""
+import math
+import os
+import re
+import subprocess
+import sys
+from itertools import combinations_with_replacement
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import flow_matching as fm
+from flow_matching import (AffinePath, ConditionalFlow, CosinePath, GaussianPath, Marginal, OTPath, SolverError,
+                           VEPath, VPPath, bits_per_dim, cfm_loss, log_prob, odeint, sample)  # fmt: skip
+
+HERE = Path(__file__).parent
+PATHS = [OTPath(), OTPath(0.1), OTPath(0.0), VPPath(), VPPath(0.5, 5.0), VEPath(), CosinePath(),
+         AffinePath(lambda t: t**2, lambda t: (1 - t**3).sqrt() + 0.01)]  # fmt: skip
+every_path = pytest.mark.parametrize("path", PATHS, ids=lambda p: p.__class__.__name__)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def batch(B=5, d=3, dtype=torch.float64):
+    """t away from the ends, x0, x1: no term of any formula is zero."""
+    return 0.05 + 0.9 * torch.rand(B, dtype=dtype), torch.randn(B, d, dtype=dtype), torch.randn(B, d, dtype=dtype)
+
+
+def by_autodiff(f, t):
+    """d/dt f(t), row by row, by reverse mode (the module uses forward mode)."""
+    jac = torch.autograd.functional.jacobian(f, t)  # (B, *dims, B)
+    return jac.diagonal(dim1=0, dim2=-1).movedim(-1, 0)
+
+
+# ---- 1 Paths ---------------------------------------------------------------------------------------------------------
+
+
+@every_path
+def test_eq13_dpsi_is_the_velocity_of_psi_and_u_there(path):
+    t, x0, x1 = batch()
+    expected = by_autodiff(lambda t: path.psi(t, x0, x1), t)
+    assert_close(path.dpsi(t, x0, x1), expected)
+    assert_close(path.u(t, path.psi(t, x0, x1), x1), expected)  # Eq. (15)
+
+
+def test_eq17_ve_field_in_the_papers_form():
+    t, x, x1 = batch()
+    sigma = lambda s: 0.01 * (10.0 / 0.01) ** s  # increasing in s, as Eq. (16) has it
+    slope = by_autodiff(sigma, 1 - t)[:, None]
+    assert_close(VEPath().u(t, x, x1), -slope / sigma(1 - t)[:, None] * (x - x1))
+
+
+def test_eq19_vp_field_in_both_forms_of_the_paper():
+    t, x, x1 = batch()
+    T = lambda s: 0.1 * s + 0.5 * s * s * 19.9
+    s, dT = 1 - t, by_autodiff(T, 1 - t)[:, None]
+    e = torch.exp(-T(s))[:, None]
+    assert_close(VPPath().u(t, x, x1), -dT / 2 * (e * x - e.sqrt() * x1) / (1 - e))
+    alpha, dalpha = e.sqrt(), by_autodiff(lambda s: torch.exp(-T(s) / 2), s)[:, None]
+    assert_close(VPPath().u(t, x, x1), dalpha / (1 - alpha**2) * (alpha * x - x1))
+
+
+def test_eq21_eq22_eq23_ot():
+    t, x0, x1 = batch()
+    c = 1 - 0.1
+    assert_close(OTPath(0.1).u(t, x0, x1), (x1 - c * x0) / (1 - c * t[:, None]))
+    assert_close(OTPath(0.1).psi(t, x0, x1), (1 - c * t[:, None]) * x0 + t[:, None] * x1)
+    assert_close(OTPath(0.1).dpsi(t, x0, x1), x1 - c * x0)
+
+
+def test_eq23_target_stays_accurate_in_float32_up_to_t_1():
+    x0, x1 = torch.randn(2, 1000, 2)
+    for path in (OTPath(0.0), CosinePath(), VPPath()):
+        t = torch.full((1000,), path.t_span[1])
+        exact = path.dpsi(t.double(), x0.double(), x1.double())
+        assert (path.dpsi(t, x0, x1) - exact).abs().max() < 2e-5 * exact.abs().max()
+
+
+@every_path
+def test_eq10_boundary_moments(path):
+    x1 = torch.tensor([[2.0, -3.0]], dtype=torch.float64)
+    t0, t1 = path.t_span
+    mu_0, sigma_0, _, _ = path.moments(t0, x1)
+    mu_1, sigma_1, _, _ = path.moments(t1, x1)
+    assert_close(mu_1, x1, atol=1e-3, rtol=0)
+    assert 0 < sigma_1.item() <= 0.101  # never zero inside t_span
+    variance_preserving = isinstance(path, VPPath)
+    if path.psi0_is_identity:
+        assert_close(path.psi(t0, x1 * 0 + 7, x1), x1 * 0 + 7, atol=1e-6, rtol=0)
+    assert_close(path.source_std, sigma_0.item(), atol=0.05 if variance_preserving else 1e-6, rtol=0)
+    assert_close(mu_0, 0 * x1 if not isinstance(path, VEPath) else x1, atol=0.8 if variance_preserving else 1e-6, rtol=0)
+
+
+def test_published_numbers_of_the_vp_path():
+    alpha_t, sigma_t, _, _ = VPPath().coefficients(torch.tensor([0.0, 1 - 1e-5], dtype=torch.float64))
+    assert_close(alpha_t, torch.tensor([0.006572, 0.9999995], dtype=torch.float64), atol=5e-7, rtol=0)
+    assert_close(sigma_t, torch.tensor([0.999978, 1.0005e-3], dtype=torch.float64), atol=5e-7, rtol=0)
+    assert VPPath().t_span == (0.0, 1 - 1e-5)
+
+
+def test_t_span_ends_before_sigma_1_is_zero():
+    assert OTPath().t_span == VEPath().t_span == (0.0, 1.0)
+    assert OTPath(0.0).t_span == CosinePath().t_span == AffinePath(lambda t: t, lambda t: 1 - t).t_span == (0.0, 1 - 1e-5)
+    assert AffinePath(lambda t: t, lambda t: 1 - t, (0.0, 0.9)).t_span == (0.0, 0.9)
+    assert (VEPath().source_std, VPPath().source_std, OTPath().source_std) == (10.0, 1.0, 1.0)
+    assert [p.psi0_is_identity for p in (OTPath(), CosinePath(), VPPath(), VEPath())] == [True, True, False, False]
+
+
+@every_path
+def test_eq10_log_prob_and_score(path):
+    t, x, x1 = batch()
+    mu_t, sigma_t, _, _ = path.moments(t, x1)
+    normal = Normal(mu_t, sigma_t.expand_as(mu_t))
+    assert_close(path.log_prob(t, x, x1), normal.log_prob(x).sum(1))
+    x.requires_grad_()
+    assert_close(path.score(t, x, x1), torch.autograd.grad(normal.log_prob(x).sum(), x)[0])
+
+
+def test_affine_path_of_two_functions_equals_the_named_path():
+    t, x, x1 = batch()
+    for named, alpha, sigma in [(OTPath(0.1), lambda t: t, lambda t: 1 - 0.9 * t),
+                                (CosinePath(), lambda t: torch.sin(math.pi / 2 * t), lambda t: torch.cos(math.pi / 2 * t)),
+                                (VEPath(), torch.ones_like, lambda t: 10 * 0.001**t)]:  # fmt: skip
+        assert_close(AffinePath(alpha, sigma).u(t, x, x1), named.u(t, x, x1))
+
+
+def test_gaussian_path_with_elementwise_sigma():
+    def moments(t, x1):  # each dimension at its own speed
+        t, speed = fm.expand(t, x1), torch.arange(1, 4, dtype=x1.dtype)
+        return t * x1, torch.exp(-speed * t), x1, -speed * torch.exp(-speed * t)
+
+    t, x0, x1 = batch()
+    path = GaussianPath(moments)
+    assert_close(path.u(t, path.psi(t, x0, x1), x1), by_autodiff(lambda t: path.psi(t, x0, x1), t))
+    mu_t, sigma_t, _, _ = path.moments(t, x1)
+    assert_close(path.log_prob(t, x0, x1), MultivariateNormal(mu_t, torch.diag_embed(sigma_t**2)).log_prob(x0))
+
+
+def test_conditional_flow_need_not_be_gaussian():
+    def psi(t, x0, x1):  # Kumaraswamy-like: not affine in x0
+        t = fm.expand(t, x0)
+        return torch.sinh(x0 * (1 - t)) + t**2 * x1 + t * (1 - t) * x0 * x1
+
+    t, x0, x1 = batch()
+    flow = ConditionalFlow(psi)
+    assert_close(flow.dpsi(t, x0, x1), by_autodiff(lambda t: psi(t, x0, x1), t))
+    assert_close(cfm_loss(lambda t, x: 0 * x, flow, x1, t=t, x0=x0), flow.dpsi(t, x0, x1).square().mean())
+
+
+# ---- 2 Loss ----------------------------------------------------------------------------------------------------------
+
+
+def test_eq14_loss_floor_of_gaussian_data_is_pi_over_2():
+    def u(t, x):  # the exact field for N(0, 1) data on the OT path with sigma_min = 0
+        t = t[:, None]
+        return (2 * t - 1) / (2 * t * t - 2 * t + 1) * x
+
+    x1 = torch.randn(400_000, 2, dtype=torch.float64)
+    losses = cfm_loss(u, OTPath(0.0), x1, reduction="none")
+    assert losses.shape == (len(x1),)
+    assert abs(losses.mean() - math.pi / 2) < 4 * losses.std() / math.sqrt(len(x1))
+    assert cfm_loss(lambda t, x: u(t, x) + 0.1, OTPath(0.0), x1) > math.pi / 2 + 0.005
+
+
+def test_theorem_2_gradients_of_fm_and_cfm_agree():
+    data, path, t = torch.tensor([[-1.0], [0.3], [2.0]], dtype=torch.float64), OTPath(0.2), 0.4
+    theta = torch.tensor([0.7, -0.4], dtype=torch.float64, requires_grad=True)
+    v = lambda t, x: torch.sin(theta[0] * x) + theta[1] * x * t[:, None]
+    nodes, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(80))  # E over x0 ~ N(0, 1)
+    x0, x1 = nodes[:, None].repeat(3, 1), data.repeat_interleave(80, 0)
+    cfm = (cfm_loss(v, path, x1, x0=x0, t=torch.tensor(t, dtype=torch.float64), reduction="none") * weights.repeat(3) / weights.sum() / 3).sum()
+    x = torch.linspace(-8, 8, 20001, dtype=torch.float64)[:, None]
+    marginal, ts = Marginal(path, data), torch.full((20001,), t, dtype=torch.float64)
+    fm_loss = ((v(ts, x) - marginal(ts, x)).square()[:, 0] * marginal.log_prob(ts, x).exp()).sum() * 16 / 20000  # Eq. (5)
+    assert_close(torch.autograd.grad(cfm, theta), torch.autograd.grad(fm_loss, theta), atol=1e-9, rtol=1e-8)
+    assert cfm - fm_loss > 0.1  # the constant of Theorem 2
+
+
+def test_eq14_pairs_times_and_reduction_are_those_given():
+    seen = {}
+
+    def v(t, x, y):
+        seen.update(t=t, x=x, y=y)
+        return x * y[:, None]
+
+    t, x0, x1 = batch()
+    y = torch.arange(5.0, dtype=torch.float64)
+    losses = cfm_loss(v, OTPath(0.0), x1, x0=x0, t=t, reduction="none", y=y)
+    x_t = (1 - t[:, None]) * x0 + t[:, None] * x1
+    assert_close((seen["t"], seen["x"], seen["y"]), (t, x_t, y))
+    assert_close(losses, (x_t * y[:, None] - (x1 - x0)).square().mean(1))
+
+
+def test_loss_times_are_stratified_and_each_row_is_uniform():
+    path, rows = VPPath(), []
+    for _ in range(2000):
+        cfm_loss(lambda t, x: rows.append(t) or x, path, torch.zeros(8, 1))
+    t = torch.stack(rows) / path.t_span[1]  # (2000, 8)
+    assert ((t.sort(1).values * 8).floor() == torch.arange(8)).all()  # one in each eighth
+    assert 0 <= t.min() and t.max() < 1
+    for row in t.T:  # Kolmogorov-Smirnov against U[0, 1], at the 0.1 % level
+        assert (row.sort().values - (torch.arange(2000) + 0.5) / 2000).abs().max() < 1.95 / math.sqrt(2000)
+
+
+# ---- 3 Exact marginals -----------------------------------------------------------------------------------------------
+
+affine = pytest.mark.parametrize("path", [OTPath(0.05), VPPath(), VEPath(0.1, 4.0), CosinePath()], ids=lambda p: type(p).__name__)
+
+
+def mixture(path, data, t):
+    """p_t of Eq. (6) by torch.distributions, for one time t."""
+    mu_t, sigma_t, _, _ = path.moments(t, data)
+    components = Independent(Normal(mu_t, sigma_t.expand_as(mu_t)), 1)
+    return MixtureSameFamily(Categorical(torch.ones(len(data), dtype=data.dtype)), components)
+
+
+@affine
+@pytest.mark.parametrize("d", [2, 40])  # direct differences and the matrix product
+def test_eq6_eq8_marginal_density_score_posterior_and_field(path, d):
+    data, x, t = torch.randn(7, d, dtype=torch.float64), torch.randn(6, d, dtype=torch.float64).requires_grad_(), 0.6
+    marginal, p_t = Marginal(path, data), mixture(path, data, t)
+    score = torch.autograd.grad(p_t.log_prob(x).sum(), x)[0]
+    assert_close(marginal.log_prob(t, x), p_t.log_prob(x))
+    assert_close(marginal.score(t, x), score)
+    posterior = torch.stack([path.log_prob(t, x, x_i.expand_as(x)) for x_i in data], 1).softmax(1)
+    assert_close(marginal.posterior(t, x), posterior)
+    u = torch.stack([path.u(t, x, x_i.expand_as(x)) for x_i in data], 1)  # (6, 7, d)
+    assert_close(marginal(t, x), (posterior[:, :, None] * u).sum(1))  # Eq. (8)
+    a, s, da, ds = (c.double() for c in path.coefficients(torch.tensor(t, dtype=torch.float64)))
+    assert_close(marginal(t, x), da / a * x + (da * s**2 / a - s * ds) * score)
+
+
+@affine
+def test_eq26_marginal_obeys_the_continuity_equation(path):
+    marginal, (t, _, x) = Marginal(path, torch.randn(7, 2, dtype=torch.float64)), batch(d=2)
+    dlogp_dt = by_autodiff(lambda t: marginal.log_prob(t, x), t)
+    jacobian = torch.stack([torch.autograd.functional.jacobian(lambda x: marginal(t[i : i + 1], x), x[i : i + 1])[0, :, 0] for i in range(5)])
+    div_u = jacobian.diagonal(dim1=1, dim2=2).sum(1)
+    assert_close(dlogp_dt, -div_u - (marginal(t, x) * marginal.score(t, x)).sum(1))
+    assert dlogp_dt.abs().min() > 1e-3
+
+
+def test_marginal_stays_exact_where_sigma_vanishes():
+    data = torch.randn(60, 50) + 30  # far from the origin, so that |x|^2 - 2 x x_i + |x_i|^2 cancels
+    path = OTPath(1e-3)
+    x, t = path.psi(0.999, torch.randn(20, 50), data[:20]), torch.full((20,), 0.999)
+    ours, exact = Marginal(path, data), Marginal(path, data.double())
+    assert_close(ours.posterior(t, x).double(), exact.posterior(t, x.double()), atol=1e-4, rtol=0)
+    assert_close(ours.log_prob(t, x).double(), exact.log_prob(t, x.double()), atol=2e-2, rtol=1e-4)
+    assert Marginal(OTPath(1e-6), data[:, :2])(1.0, x[:, :2]).isfinite().all()
+
+
+def test_marginal_chunks_do_not_change_the_result():
+    path, data, x, t = OTPath(), torch.randn(2**15, 40), torch.randn(1100, 40), torch.rand(1100)  # three chunks of queries
+    whole = Marginal(path, data)(t, x)
+    assert_close(whole[::100], torch.cat([Marginal(path, data)(t[i : i + 1], x[i : i + 1]) for i in range(0, 1100, 100)]),
+                 atol=1e-4, rtol=1e-3)  # fmt: skip
+
+
+def test_oracle_a_marginal_field_of_gaussian_data():
+    m, S, t, x = 0.5, 0.7, torch.full((4,), 0.3, dtype=torch.float64), torch.linspace(-1, 1, 4, dtype=torch.float64)[:, None]
+    data = m + S * Normal(0.0, 1.0).icdf((torch.arange(20000, dtype=torch.float64) + 0.5) / 20000)[:, None]  # quantiles
+    V = (1 - 0.3) ** 2 + (0.3 * S) ** 2
+    assert_close(Marginal(OTPath(0.0), data)(t, x), m + (0.3 * S**2 - 0.7) / V * (x - 0.3 * m), atol=1e-4, rtol=0)
+
+
+# ---- 4 Solvers -------------------------------------------------------------------------------------------------------
+
+
+def trees(order):
+    """All rooted trees of that order, as sorted tuples of subtrees: 1, 1, 2, 4, 9 of them."""
+    if order == 1:
+        return [()]
+    found, smaller = set(), [(n, tree) for n in range(1, order) for tree in trees(n)]
+    for k in range(1, order):
+        for parts in combinations_with_replacement(smaller, k):
+            if sum(n for n, _ in parts) == order - 1:
+                found.add(tuple(sorted(tree for _, tree in parts)))
+    return sorted(found)
+
+
+def size(tree):
+    return 1 + sum(size(sub) for sub in tree)
+
+
+def gamma(tree):
+    return size(tree) * math.prod(gamma(sub) for sub in tree)
+
+
+def phi(tree, A):
+    """Elementary weights of the stages: Butcher (2016), Section 3.1."""
+    return math.prod((A @ phi(sub, A) for sub in tree), start=np.ones(len(A)))
+
+
+@pytest.mark.parametrize("name, orders", [("euler", (1,)), ("midpoint", (2,)), ("rk4", (4,)), ("dopri5", (5, 4))])
+def test_rooted_tree_order_conditions(name, orders):
+    tableau = fm.METHODS[name]
+    A = np.array([[*row, *[0] * (len(tableau.A) - len(row))] for row in tableau.A])
+    b = np.array(tableau.B or A[-1])
+    np.testing.assert_allclose(A.sum(1), tableau.C, atol=1e-14)
+    assert sum(len(trees(n)) for n in range(1, 6)) == 17
+    for order, weights in zip(orders, (b, b - np.array(tableau.E or b))):
+        for tree in (tree for n in range(1, order + 1) for tree in trees(n)):
+            assert abs(weights @ phi(tree, A) - 1 / gamma(tree)) < 1e-14, tree
+        higher = [abs(weights @ phi(tree, A) - 1 / gamma(tree)) for tree in trees(order + 1)]
+        assert max(higher) > 1e-5  # and no better than it says, so the error estimate is one
+
+
+def swirl(t, x):
+    """A field with no symmetry to hide behind."""
+    return torch.stack([torch.sin(3 * t) * x[:, 1] + x[:, 0] ** 2 / 4, -x[:, 0] * (1 + t) + torch.cos(x[:, 1])], 1)
+
+
+@pytest.mark.parametrize("name, order", [("euler", 1), ("midpoint", 2), ("rk4", 4), ("dopri5", 5)])
+def test_order_slopes(name, order):
+    x = torch.randn(4, 2, dtype=torch.float64)
+    exact = odeint(swirl, x, rtol=1e-13, atol=1e-13).x
+
+    def error(n):  # dopri5 takes one step an interval when it may err as it likes
+        options = {"t": torch.linspace(0, 1, n + 1).tolist(), "rtol": 1e9} if name == "dopri5" else {"steps": n}
+        solution = odeint(swirl, x, method=name, **options)
+        assert solution.accepted.tolist() == [n] * 4
+        return (solution.x - exact).norm()
+
+    assert abs(math.log2(error(20) / error(40)) - order) < 0.25
+    assert (odeint(swirl, x, rtol=1e-8, atol=1e-8).x - exact).abs().max() < 1e-6
+
+
+def test_oracle_a_flow_of_gaussian_data():
+    x0 = torch.randn(50, 2, dtype=torch.float64)
+    ts = [0.0, 0.25, 0.5, 1.0]
+    u = lambda t, x: ((2 * t - 1) / (2 * t * t - 2 * t + 1))[:, None] * x
+    xs = odeint(u, x0, ts, rtol=1e-9, atol=1e-9).xs
+    assert_close(xs, torch.stack([x0 * math.sqrt(2 * t * t - 2 * t + 1) for t in ts]), atol=1e-7, rtol=0)
+    std = [odeint(u, x0, method="euler", steps=n).x[0, 0] / x0[0, 0] for n in (1, 2, 4, 8, 16, 32)]
+    assert_close(torch.stack(std), torch.tensor([0, 0.5, 0.72, 0.85, 0.92, 0.96], dtype=torch.float64), atol=5e-3, rtol=0)
+
+
+def test_round_trip_forward_and_backward():
+    x = torch.randn(20, 2, dtype=torch.float64)
+    for options in ({"rtol": 1e-10, "atol": 1e-10}, {"method": "rk4", "steps": 200}):
+        there = odeint(swirl, x, (0.2, 0.9), **options).x
+        assert (there - x).abs().min() > 1e-3
+        assert_close(odeint(swirl, there, (0.9, 0.2), **options).x, x, atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dims", [(), (1,), (3,), (2, 5)], ids=str)
+def test_dopri5_sample_does_not_feel_its_batch(dtype, dims):
+    scale = torch.linspace(0.1, 3, 37, dtype=dtype)
+    x = torch.randn(37, *dims, dtype=dtype) * fm.expand(scale, torch.empty(37, *dims))
+    v = lambda t, x, rate: -x * x * x + fm.expand(t * rate, x) * x
+    together = odeint(v, x, (0, 0.3, 1), rate=scale)
+    assert together.nfe.unique().numel() > 3  # they do take steps of their own
+    for i in range(37):
+        alone = odeint(v, x[i : i + 1], (0, 0.3, 1), rate=scale[i : i + 1])
+        assert torch.equal(alone.xs[:, 0], together.xs[:, i])
+        assert [c[0] for c in alone[2:]] == [c[i] for c in together[2:]]
+
+
+def test_dopri5_easy_samples_cost_what_they_cost_alone():
+    rate = torch.cat([torch.ones(8), torch.full((8,), 60.0)])
+    calls = []
+    v = lambda t, x, rate: calls.append(len(x)) or torch.sin(rate * t)[:, None] * x
+    x = torch.ones(16, 2)
+    together, alone = odeint(v, x, rate=rate), odeint(v, x[:8], rate=rate[:8])
+    assert torch.equal(together.nfe[:8], alone.nfe) and together.nfe[8:].min() > 5 * alone.nfe.max()
+    assert sum(calls) == together.nfe.sum() + alone.nfe.sum()  # finished samples are not called for
+    assert torch.equal(together.nfe, 2 + 6 * (together.accepted + together.rejected))
+
+
+@pytest.mark.parametrize("span", [(0.0, 1.0), (0.3, 0.9), (1.0, 0.0), (0.0, 1e-3), (2.0, 7.0)])
+@pytest.mark.parametrize("options", [{}, {"method": "rk4", "steps": 3}, {"method": "midpoint", "steps": 7}], ids=str)
+def test_no_query_outside_the_span_and_requested_times_are_hit(span, options):
+    a, b = span
+    times, seen = [a, a + 0.37 * (b - a), a + 0.371 * (b - a), b], []
+    v = lambda t, x: seen.append(t) or 5 * torch.cos(5 * t)[:, None] + 0 * x
+    solution = odeint(v, torch.zeros(9, 1), times, **options)
+    t, ends = torch.cat(seen), torch.tensor([a, b])
+    assert t.dtype == torch.float32 and t.min() >= ends.min() and t.max() <= ends.max()
+    truth = torch.tensor([math.sin(5 * s) - math.sin(5 * a) for s in times])
+    tolerance = 5e-5 if not options else 0.2 * abs(b - a) ** 3
+    assert_close(solution.xs[:, 0, 0], truth, atol=tolerance, rtol=0)
+    assert torch.equal(solution.x, solution.xs[-1]) and torch.equal(solution.xs[0], torch.zeros(9, 1))
+
+
+@pytest.mark.parametrize("method, stages", [("euler", 1), ("midpoint", 2), ("rk4", 4)])
+def test_fixed_steps_are_exactly_those_asked_for(method, stages):
+    for steps in (1, 2, 3, 7, 10, 33):
+        calls = []
+        solution = odeint(lambda t, x: calls.append(t[0].item()) or torch.ones_like(x), torch.zeros(2, 1), method=method, steps=steps)
+        assert_close(solution.x, torch.ones(2, 1))
+        assert len(calls) == steps * stages and torch.equal(solution.nfe, torch.full((2,), steps * stages))
+        assert solution.accepted.tolist() == [steps] * 2 and solution.rejected.tolist() == [0, 0]
+        assert calls[0] == 0 and len(set(calls)) == {"euler": steps, "midpoint": 2 * steps, "rk4": 2 * steps + 1}[method]
+
+
+def test_fixed_steps_are_shared_by_length_with_one_at_least():
+    seen = []
+    odeint(lambda t, x: seen.append(round(t[0].item(), 6)) or x, torch.ones(1, 1), (0.0, 0.01, 0.75, 1.0), method="euler", steps=5)
+    assert seen == [0, 0.01, 0.256667, 0.503333, 0.75]
+
+
+def test_starting_step_of_easy_and_of_deceptive_fields():
+    x = torch.randn(200, 2)
+    assert odeint(lambda t, x: 0.3 * torch.ones_like(x), x).nfe.tolist() == [8] * 200  # one step
+    assert odeint(lambda t, x: x, x).nfe.double().mean() < 22
+    late = lambda t, x: (torch.sigmoid(40 * (t - 0.5)) * torch.sin(20 * t))[:, None] * x  # nothing happens at t = 0
+    exact = odeint(late, x.double(), rtol=1e-10, atol=1e-10).x
+    assert_close(odeint(late, x).x.double(), exact, atol=1e-2, rtol=1e-2)  # 0.06 if it were fooled
+
+
+class NoFloat64(TorchDispatchMode):
+    """What MPS does: no tensor of double precision may be made."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for o in out if isinstance(out, (list, tuple)) else [out]:
+            assert not isinstance(o, torch.Tensor) or o.dtype != torch.float64, func
+        return out
+
+
+def test_float32_makes_no_float64_tensor():
+    x, v = torch.randn(5, 2), lambda t, x: torch.sin(x * t[:, None])
+    with NoFloat64():
+        for path in (OTPath(), OTPath(0.0), VPPath(), VEPath(), CosinePath(), AffinePath(lambda t: t, lambda t: 1 - t)):
+            cfm_loss(v, path, x)
+            path.log_prob(0.5, x, x), path.score(0.5, x, x), path.u(torch.full((5,), 0.5), x, x)
+            sample(v, path, (5, 2), method="midpoint", steps=2)
+            log_prob(v, x, path), log_prob(v, x, path, divergence="hutchinson", probes=2)
+            Marginal(path, x)(0.5, x), Marginal(path, x).log_prob(0.5, x)
+        odeint(v, x, torch.linspace(0, 1, 3)), odeint(v, x, (1, 0.5, 0), method="rk4", steps=4)
+        bits_per_dim(lambda t, x: 0 * x, torch.zeros(2, 3, dtype=torch.uint8), K=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_its_times_in_float32(dtype):
+    seen = set()
+    v = lambda t, x: seen.add((t.dtype, x.dtype)) or -x
+    x = torch.randn(4, 2).to(dtype)
+    solution = odeint(v, x, (0, 0.5, 1), method="rk4", steps=8)
+    assert solution.xs.dtype == solution.x.dtype == dtype
+    assert_close(solution.x, x * math.exp(-1), atol=0.02, rtol=0.02)
+    assert cfm_loss(v, OTPath(), x).isfinite() and log_prob(v, x, method="rk4", steps=4).log_prob.isfinite().all()
+    assert seen == {(torch.float32, dtype)}
+
+
+def test_odeint_is_differentiable_and_sample_is_not():
+    a = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    for options in ({"rtol": 1e-9, "atol": 1e-9}, {"method": "rk4", "steps": 50}):
+        out = odeint(lambda t, x: a * x, x, **options).x  # x e^a
+        da, dx = torch.autograd.grad(out.sum(), (a, x))
+        assert_close((da, dx), (out.sum().detach(), torch.full_like(x, math.exp(0.7))), atol=1e-6, rtol=1e-6)
+    assert not sample(lambda t, x: a * x, OTPath(), (4, 2), dtype=torch.float64).x.requires_grad
+
+
+def test_solver_error_says_what_happened_and_keeps_the_state():
+    x = torch.tensor([[0.1], [1.0], [0.2]])
+    with pytest.raises(SolverError, match=r"dopri5: step .* at t = 0\.\d+ in sample 1 after \d+ calls.*float32") as e:
+        odeint(lambda t, x: x**2 * 4, x)  # 1 / (1 / x - 4 t) ends at t = 1/4 for the second sample
+    assert abs(e.value.t[1] - 0.25) < 1e-3 and e.value.t.shape == (3,) and e.value.x.shape == (3, 1)
+    i = 0  # the state that every sample has reached is a true one
+    assert_close(e.value.x[i, 0], 1 / (1 / x[i, 0] - 4 * e.value.t[i]), atol=1e-3, rtol=1e-3)
+    with pytest.raises(SolverError, match="max_nfe = 50 is spent") as e:
+        odeint(lambda t, x: torch.sin(200 * t)[:, None] + 0 * x, x, max_nfe=50)
+    assert 0 < e.value.t.min() and e.value.t.max() < 1
+    with pytest.raises(SolverError, match="sample 2 after 2 calls: v is not finite at the start"):
+        odeint(lambda t, x: torch.where(x == x[2], torch.nan, x), x)
+    with pytest.raises(SolverError, match="v is not finite near here"):
+        odeint(lambda t, x: torch.where(t[:, None] > 0.5, torch.inf, x), x)
+    with pytest.raises(SolverError, match="not finite in sample 1 .*take more steps") as e:
+        odeint(lambda t, x: 100 * x**3, x, method="euler", steps=30)
+    assert e.value.x.isfinite().all()
+
+
+def test_a_non_finite_trial_step_is_rejected_not_fatal():
+    v = lambda t, x: torch.where(x < -0.01, torch.nan, -20 * x)  # an overshooting step would see the hole
+    solution = odeint(v, torch.ones(3, 1), rtol=1e-3, atol=1e-3)
+    assert solution.x.abs().max() < 1e-2 and solution.x.isfinite().all()
+
+
+# ---- 5 Likelihood ----------------------------------------------------------------------------------------------------
+
+A = torch.tensor([[0.7, 0.4, 0.0], [-0.3, -0.2, 0.5], [0.1, 0.0, 0.3]], dtype=torch.float64)  # tr A = 0.8
+
+
+@pytest.mark.parametrize("options", [{"rtol": 1e-9, "atol": 1e-9}, {"method": "rk4", "steps": 30}], ids=["dopri5", "rk4"])
+def test_eq33_log_prob_of_a_linear_field(options):
+    x1, M = torch.randn(6, 3, dtype=torch.float64), torch.linalg.matrix_exp(A)  # x1 = M x0, x0 ~ N(0, I)
+    record = log_prob(lambda t, x: x @ A.T, x1, **options)
+    assert_close(record.log_prob, MultivariateNormal(torch.zeros(3).double(), M @ M.T).log_prob(x1), atol=1e-6, rtol=0)
+    assert_close(record.x0, x1 @ torch.linalg.inv(M).T, atol=1e-6, rtol=0)
+    assert record.std_err.tolist() == [0.0] * 6
+
+
+def test_eq34_eq35_hutchinson_is_unbiased_with_its_standard_error():
+    x1 = torch.randn(3, 3, dtype=torch.float64).repeat_interleave(200, 0)
+    v = lambda t, x: x @ A.T
+    exact = log_prob(v, x1).log_prob
+    record = log_prob(v, x1, divergence="hutchinson", probes=16)
+    error = (record.log_prob - exact) / record.std_err
+    assert 0.9 < error.std() < 1.2 and abs(error.mean()) < 4 / math.sqrt(600)
+    assert record.std_err.min() > 0.01
+    one = log_prob(lambda t, x: 0.7 * x, x1, divergence="hutchinson")  # for a multiple of I one probe is exact
+    assert_close(one.log_prob, Normal(0, math.exp(0.7)).log_prob(x1).sum(1), atol=1e-4, rtol=0)
+    assert one.std_err.isnan().all()
+
+
+def test_eq34_probes_are_drawn_once_a_solve():
+    v = lambda t, x: torch.tanh(x @ torch.randn(8, 8, generator=torch.Generator().manual_seed(1)))
+    x1 = torch.randn(16, 8)
+    exact = log_prob(v, x1).nfe.double().mean()
+    assert log_prob(v, x1, divergence="hutchinson").nfe.double().mean() < 1.5 * exact  # redrawn probes cost thousands
+
+
+def test_eq4_trace_agrees_with_the_determinant_of_the_flow():
+    x0, options = torch.randn(4, 2, dtype=torch.float64), {"rtol": 1e-10, "atol": 1e-10}
+    flow = lambda x: odeint(swirl, x[None], **options).x[0]
+    jacobian = torch.stack([torch.autograd.functional.jacobian(flow, x) for x in x0])
+    expected = Normal(0, 1).log_prob(x0).sum(1) - torch.linalg.slogdet(jacobian)[1]
+    assert_close(log_prob(swirl, odeint(swirl, x0, **options).x, **options).log_prob, expected, atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("path", [OTPath(0.1), VEPath(0.2, 8.0)], ids=repr)
+def test_appendix_c_log_prob_of_the_exact_marginal_field(path):
+    data = torch.randn(5, 2, dtype=torch.float64)
+    marginal, x1 = Marginal(path, data), data + 0.1 * torch.randn(5, 2, dtype=torch.float64)
+    record = log_prob(marginal, x1, path, rtol=1e-8, atol=1e-8)
+    # p_0 is N(0, source_std^2 I) for OT; for VE it is that plus data, which the small sigma_0 ratio allows for
+    assert_close(record.log_prob, marginal.log_prob(1.0, x1), atol=1e-5 if isinstance(path, OTPath) else 0.1, rtol=0)
+
+
+def test_log_determinant_is_controlled_on_its_own():
+    v = lambda t, x: torch.cat([torch.sin(9 * x[:, :1] + 3 * t[:, None]), 0 * x[:, 1:]], 1)  # one live dimension
+    x1 = torch.randn(10, 1)
+    few = log_prob(v, x1, divergence="hutchinson").log_prob
+    padded = log_prob(v, torch.cat([x1, torch.zeros(10, 999)], 1), divergence="hutchinson")
+    exact = log_prob(v, x1.double(), rtol=1e-10, atol=1e-10).log_prob
+    assert_close(few.double(), exact, atol=2e-3, rtol=0)
+    assert_close(padded.log_prob.double() + 999 / 2 * math.log(2 * math.pi), exact, atol=2e-3, rtol=0)
+
+
+def test_log_prob_works_on_any_shape_in_chunks_and_for_constant_fields():
+    x1 = torch.randn(3, 3, 4, 4)
+    expected = Normal(0, 1).log_prob(x1 - 1).flatten(1).sum(1)
+    assert_close(log_prob(lambda t, x: torch.ones_like(x), x1).log_prob, expected, atol=1e-3, rtol=0)
+    w = torch.nn.Parameter(torch.ones(()))
+    assert_close(log_prob(lambda t, x: w.expand_as(x), x1).log_prob, expected, atol=1e-3, rtol=0)
+    wide = torch.randn(2, 1500)  # 2**22 // 3000 rows: two chunks of the identity
+    assert_close(log_prob(lambda t, x: 0.3 * x, wide).log_prob, Normal(0, math.exp(0.3)).log_prob(wide).sum(1), atol=1e-1, rtol=1e-5)
+    assert log_prob(lambda t, x: 0.3 * x, torch.randn(4)).log_prob.shape == (4,)
+
+
+@pytest.mark.parametrize("options", [{}, {"divergence": "hutchinson", "probes": 3}, {"method": "rk4", "steps": 5}], ids=str)
+def test_differentiable_log_prob_has_the_gradient_of_finite_differences(options):
+    x1 = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+
+    def nll(a, x1):
+        torch.manual_seed(3)
+        return -log_prob(lambda t, x: torch.sin(a * x) + t[:, None] * x.flip(1), x1, differentiable=True, **options).log_prob.sum()
+
+    a = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(nll, (a, x1), atol=2e-3, rtol=2e-3)
+    assert not log_prob(lambda t, x: a * x, x1).log_prob.requires_grad
+
+
+def test_maximum_likelihood_trains_a_cnf():
+    data = 2 + 0.5 * torch.randn(256, 1)
+    weights = torch.zeros(2, requires_grad=True)
+    optimizer = torch.optim.Adam([weights], lr=0.1)
+    for _ in range(60):
+        loss = -log_prob(lambda t, x: weights[0] * x + weights[1], data, differentiable=True, method="rk4", steps=4).log_prob.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    entropy = math.log(0.5) + 0.5 * math.log(2 * math.pi * math.e)
+    assert abs(loss.item() - entropy) < 0.1
+
+
+def test_eq37_uniform_density_has_exactly_8_bits():
+    root = math.sqrt(2 / math.pi)
+
+    def phi(t, x0):  # x0 -> erf(x0 / sqrt 2), which makes N(0, 1) uniform on [-1, 1], through erf(k x0 / sqrt 2) / c
+        k = 0.02 + 0.98 * t
+        return torch.erf(k * x0 / math.sqrt(2)) / ((1 - t) * k * root + t)
+
+    def v(t, x):
+        t = t[:, None]
+        k = 0.02 + 0.98 * t
+        x0 = math.sqrt(2) * torch.erfinv(((1 - t) * k * root + t) * x) / k
+        return torch.func.jvp(lambda t: phi(t, x0), (t,), (torch.ones_like(t),))[1]
+
+    images = torch.randint(256, (16, 12), dtype=torch.uint8)
+    for K in (1, 3):
+        record = bits_per_dim(v, images, K=K, divergence="exact", rtol=1e-6, atol=1e-6)
+        assert_close(record.bpd, torch.full((16,), 8.0), atol=5e-4, rtol=0)
+    assert record.std_err.tolist() == [0.0] * 16 and record.nfe.min() > 3 * 8
+
+
+def test_eq47_is_the_mean_of_k_densities(monkeypatch):
+    draws = iter([torch.tensor([-100.0, -50.0]), torch.tensor([-101.0, -50.0]), torch.tensor([-103.0, -50.0])])
+    fake = lambda v, y, *a, **k: fm.LogProb(next(draws), torch.full((2,), 3.0), y, torch.tensor([7, 7]))
+    monkeypatch.setattr(fm, "log_prob", fake)
+    record = bits_per_dim(None, torch.zeros(2, 5, dtype=torch.uint8), K=3)
+    mean = torch.tensor([(math.exp(0) + math.exp(-1) + math.exp(-3)) / 3 * 1e-30, 1e-30]).log() - math.log(1e-30)
+    expected = -(mean + torch.tensor([-100.0, -50.0])) / (5 * math.log(2)) + 7
+    assert_close(record.bpd, expected)
+    assert_close(record.std_err[1].item(), 3 / math.sqrt(3) / (5 * math.log(2)))
+
+
+def test_conditioning_follows_its_samples():
+    x, rate = torch.randn(12, 2), torch.linspace(-2, 6, 12)  # they leave the solver at different times
+    v = lambda t, x, rate, shift: torch.sin(rate * t)[:, None] * x + shift
+    shift = torch.randn(12, 2)
+    solution, record = odeint(v, x, rate=rate, shift=shift), log_prob(v, x, rate=rate, shift=shift)
+    assert solution.nfe.unique().numel() > 2 and record.nfe.unique().numel() > 2
+    growth = torch.where(rate == 0, 0 * rate, (1 - torch.cos(rate)) / rate)  # int sin(rate t) dt = log-determinant / 2
+    alone = [odeint(v, x[i : i + 1], rate=rate[i : i + 1], shift=shift[i : i + 1]).x for i in range(12)]
+    assert torch.equal(solution.x, torch.cat(alone))
+    log_p0 = Normal(0, 1).log_prob(record.x0).sum(1)
+    assert_close(record.log_prob, log_p0 - 2 * growth, atol=1e-4, rtol=0)
+
+
+def test_sample_starts_from_the_source_of_the_path():
+    for path in (VEPath(), OTPath()):
+        record = sample(lambda t, x: 0 * x, path, (20000, 1))
+        assert abs(record.x.std() - path.source_std) < 0.03 * path.source_std
+    a = sample(lambda t, x: x, VPPath(), (4, 2), generator=torch.Generator().manual_seed(3), method="euler", steps=2)
+    b = sample(lambda t, x: x, VPPath(), (4, 2), generator=torch.Generator().manual_seed(3), t=(0, 0.5), method="euler", steps=2)
+    assert torch.equal(a.xs[0], b.xs[0]) and not torch.equal(a.x, b.x)
+
+
+# ---- Bad input -------------------------------------------------------------------------------------------------------
+
+x, ok = torch.randn(4, 2), lambda t, x, **cond: x
+BAD_CALLS = {
+    "cfm_loss integer data": (lambda: cfm_loss(ok, OTPath(), torch.ones(4, 2, dtype=torch.long)), "x1 must be a floating"),
+    "cfm_loss not a tensor": (lambda: cfm_loss(ok, OTPath(), [[1.0]]), "x1 must be .* got list"),
+    "cfm_loss NaN": (lambda: cfm_loss(ok, OTPath(), x / 0), "x1 must be finite"),
+    "cfm_loss empty": (lambda: cfm_loss(ok, OTPath(), x[:0]), "B >= 1"),
+    "cfm_loss scalar": (lambda: cfm_loss(ok, OTPath(), torch.ones(())), "x1 must be"),
+    "cfm_loss x0 shape": (lambda: cfm_loss(ok, OTPath(), x, x0=x[:2]), r"x0 must have the shape of x1, \(4, 2\)"),
+    "cfm_loss x0 on VP": (lambda: cfm_loss(ok, VPPath(), x, x0=x), "x0 cannot be paired on VPPath"),
+    "cfm_loss x0 on VE": (lambda: cfm_loss(ok, VEPath(), x, x0=x), "x0 cannot be paired on VEPath"),
+    "cfm_loss t outside": (lambda: cfm_loss(ok, OTPath(), x, t=torch.full((4,), 1.5)), "t must lie in .* got 1.5"),
+    "cfm_loss t NaN": (lambda: cfm_loss(ok, OTPath(), x, t=math.nan), "t must lie in"),
+    "cfm_loss t beyond the cut": (lambda: cfm_loss(ok, VPPath(), x, t=torch.ones(4)), "t must lie in"),
+    "cfm_loss t shape": (lambda: cfm_loss(ok, OTPath(), x, t=torch.rand(4, 1)), r"t must have shape \(\) or \(4,\)"),
+    "cfm_loss reduction": (lambda: cfm_loss(ok, OTPath(), x, reduction="sum"), "reduction must be"),
+    "cfm_loss cond rows": (lambda: cfm_loss(ok, OTPath(), x, y=torch.ones(3)), "y is no option .* 4 rows; got shape"),
+    "cfm_loss cond type": (lambda: cfm_loss(ok, OTPath(), x, y="cat"), "y is no option .* got 'cat'"),
+    "cfm_loss v shape": (lambda: cfm_loss(lambda t, x: x[:, :1], OTPath(), x), "v must return the shape of x"),
+    "OTPath sigma_min < 0": (lambda: OTPath(-0.1), "sigma_min must lie in"),
+    "OTPath sigma_min 1": (lambda: OTPath(1.0), "sigma_min must lie in"),
+    "VPPath betas": (lambda: VPPath(5.0, 1.0), "0 <= beta_min <= beta_max"),
+    "VEPath sigmas": (lambda: VEPath(0.0, 1.0), "0 < sigma_min < sigma_max"),
+    "Marginal path": (lambda: Marginal(GaussianPath(), x), "path must be affine"),
+    "Marginal data": (lambda: Marginal(OTPath(), x[:0]), "data must be"),
+    "Marginal t": (lambda: Marginal(OTPath(), x)(1.5, x), "t must lie in"),
+    "Marginal x dims": (lambda: Marginal(OTPath(), x)(0.5, torch.ones(3, 5)), "x must be 2-dimensional"),
+    "Marginal x dtype": (lambda: Marginal(OTPath(), x)(0.5, x.double()), "x must be .*float32"),
+    "odeint method": (lambda: odeint(ok, x, method="heun"), "method must be one of euler, midpoint, rk4, dopri5; got 'heun'"),
+    "odeint no steps": (lambda: odeint(ok, x, method="euler"), "euler needs steps"),
+    "odeint steps 0": (lambda: odeint(ok, x, method="rk4", steps=0), "rk4 needs steps.*got 0"),
+    "odeint steps 2.5": (lambda: odeint(ok, x, method="rk4", steps=2.5), "whole number"),
+    "odeint few steps": (lambda: odeint(ok, x, (0, 0.5, 1), method="rk4", steps=1), "each of the 2 intervals"),
+    "odeint dopri5 steps": (lambda: odeint(ok, x, steps=10), "steps = 10 does not go with dopri5"),
+    "odeint euler rtol": (lambda: odeint(ok, x, method="euler", steps=3, rtol=1e-3), "are for dopri5"),
+    "odeint euler max_nfe": (lambda: odeint(ok, x, method="euler", steps=3, max_nfe=10), "are for dopri5"),
+    "odeint tolerances 0": (lambda: odeint(ok, x, rtol=0, atol=0), "not both 0"),
+    "odeint tolerance < 0": (lambda: odeint(ok, x, rtol=-1e-3), "rtol and atol must be"),
+    "odeint tolerance NaN": (lambda: odeint(ok, x, rtol=math.nan), "rtol and atol must be"),
+    "odeint times equal": (lambda: odeint(ok, x, (0, 0.5, 0.5, 1)), "strictly rising or strictly falling"),
+    "odeint times turn": (lambda: odeint(ok, x, (0, 1, 0.5)), "strictly rising"),
+    "odeint times collapse": (lambda: odeint(ok, x, (0.5, 0.5 + 1e-12)), "in torch.float32"),
+    "odeint one time": (lambda: odeint(ok, x, (0.5,)), "two or more"),
+    "odeint times NaN": (lambda: odeint(ok, x, (0, math.nan)), "finite times"),
+    "odeint x NaN": (lambda: odeint(ok, x * math.nan), "x must be finite"),
+    "odeint x int": (lambda: odeint(ok, torch.ones(2, 2, dtype=torch.int)), "x must be a floating"),
+    "odeint typo": (lambda: odeint(ok, x, step=10), "step is no option here.*got 10"),
+    "odeint v shape": (lambda: odeint(lambda t, x: x.sum(1), x), r"v must return the shape of x, \(4, 2\)"),
+    "log_prob divergence": (lambda: log_prob(ok, x, divergence="trace"), "divergence must be"),
+    "log_prob probes 0": (lambda: log_prob(ok, x, divergence="hutchinson", probes=0), "probes must be"),
+    "log_prob probes exact": (lambda: log_prob(ok, x, probes=3), "goes with divergence='hutchinson'"),
+    "log_prob data": (lambda: log_prob(ok, x.int()), "x1 must be"),
+    "log_prob cond": (lambda: log_prob(ok, x, y=torch.ones(2)), "4 rows"),
+    "log_prob v shape": (lambda: log_prob(lambda t, x: x[:, :1], x), "v must return"),
+    "bits_per_dim float": (lambda: bits_per_dim(ok, x), "images must be uint8.*float32"),
+    "bits_per_dim empty": (lambda: bits_per_dim(ok, torch.zeros(0, 3, dtype=torch.uint8)), "images must be uint8"),
+    "bits_per_dim K": (lambda: bits_per_dim(ok, torch.zeros(1, 3, dtype=torch.uint8), K=0), "K must be"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_input_is_met_at_the_door(name):
+    call, message = BAD_CALLS[name]
+    with pytest.raises(ValueError, match=message):
+        call()
