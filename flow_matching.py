@@ -9,17 +9,20 @@ differ from the paper and say why.
     1 Paths          ConditionalFlow, GaussianPath, AffinePath, OTPath, VPPath, VEPath, CosinePath     Eqs. (10)-(22)
     2 Loss           cfm_loss                                                                          Eqs. (14), (23)
     3 Exact marginal Marginal: p_t and u_t of a finite data set                                        Eqs. (6), (8)
-    4 Solvers        odeint, sample, SolverError                                                       Eq. (1)
+    4 Solvers        odeint, sample, guided, SolverError                                               Eq. (1)
     5 Likelihood     log_prob, bits_per_dim                                                            Eqs. (27)-(37), (47)
+    6 UNet           UNet, the network of the paper's image experiments                                App. E, Table 3
 """
 import functools
 import math
 import warnings
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 __version__ = "1.0.0"
@@ -431,6 +434,19 @@ def sample(v, path, shape, device=None, dtype=None, generator=None, **solver):
     return odeint(v, x0, **{"t": path.t_span, **solver})
 
 
+def guided(v, scale, drop=("y",)):
+    """The field v(without drop) + scale (v(with it) - v(without it)): scale 1 is no guidance, more strengthens it.
+
+    drop names the conditioning to leave out; v must take the call without it. Every call costs two of v.
+    """
+
+    def field(t, x, **cond):
+        free = v(t, x, **{name: c for name, c in cond.items() if name not in drop})
+        return free + scale * (v(t, x, **cond) - free)
+
+    return field
+
+
 def _solve(f, x, t, method, steps, rtol, atol, max_nfe, split, cond):
     """xs (T, B, *dims), nfe, accepted, rejected for x (B, *dims), once the options are seen to fit together."""
     if method not in METHODS:
@@ -702,3 +718,172 @@ def bits_per_dim(v, images, K=1, path=None, divergence="hutchinson", **options):
     bpd = -(log_p.logsumexp(0) - math.log(K)) / (d * math.log(2)) + 7  # Eqs. (47), (37)
     std_err = (weights * std_errs).square().sum(0).sqrt() / (d * math.log(2))
     return BitsPerDim(bpd, std_err, sum(draw.nfe for draw in draws))
+
+
+# ---- 6 UNet, Appendix E and Table 3: the network of Dhariwal & Nichol (2021), "ADM" -----------------------------------
+
+
+def group_norm(channels):
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+def zeroed(layer):
+    """The layer with all its parameters set to zero: it starts by adding nothing."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+class ResBlock(nn.Module):
+    """skip(x) + conv(dropout(silu(norm(h)))), where h = conv(silu(norm(x))) + linear(emb)."""
+
+    def __init__(self, c_in, c_out, c_emb, dropout):
+        super().__init__()
+        self.norm_in, self.conv_in = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.emb = nn.Linear(c_emb, c_out)
+        self.norm_out, self.dropout = group_norm(c_out), nn.Dropout(dropout)
+        self.conv_out = zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x, emb):
+        h = self.conv_in(F.silu(self.norm_in(x))) + self.emb(emb)[:, :, None, None]
+        h = self.conv_out(self.dropout(F.silu(self.norm_out(h))))
+        return self.skip(x) + h
+
+
+class Attention(nn.Module):
+    """x + proj(softmax(q k^T / sqrt(d)) v), where every pixel is a token and d = C / heads."""
+
+    def __init__(self, c, head_channels):
+        super().__init__()
+        self.heads = max(1, c // head_channels)
+        if c % self.heads:
+            raise ValueError(f"head_channels must divide {c} channels; got {head_channels}")
+        self.norm, self.qkv, self.proj = group_norm(c), nn.Linear(c, 3 * c), zeroed(nn.Linear(c, c))
+
+    def forward(self, x):
+        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, HW, C)
+        h = self.qkv(h).unflatten(2, (self.heads, 3, -1))  # by head, then q | k | v, then channel
+        q, k, v = h.transpose(1, 2).unbind(3)  # (B, heads, HW, 3, d) -> three (B, heads, HW, d)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, HW, C)
+        return x + self.proj(h).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Upsample(nn.Conv2d):
+    """The 3x3 convolution of x enlarged twofold by repeating its pixels."""
+
+    def forward(self, x):
+        if x.shape[2] < 16:  # too few pixels to pay for summing the weights
+            return super().forward(F.interpolate(x, scale_factor=2.0))
+        # A kernel's nine pixels repeat four, so the two steps are one transposed convolution whose
+        # 4x4 kernel sums 2x2 boxes of the 3x3 one: 16 products per pixel of x instead of 36.
+        w = F.avg_pool2d(self.weight, 2, stride=1, padding=1, divisor_override=1)
+        return F.conv_transpose2d(x, w.flip(2, 3).transpose(0, 1), self.bias, 2, padding=1)
+
+
+class Stage(nn.Sequential):
+    """Layers in a row; the residual blocks among them also take the embedding."""
+
+    def forward(self, x, emb):
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+class UNet(nn.Module):
+    """v_t(x) for images: net(t, x, y=None, cond=None), t a scalar or (B,), x (B, C, H, W).
+
+    attention lists the image sizes, in pixels, that have it; the middle always does. num_classes
+    admits labels y (B,), where num_classes itself means no label, as does y=None. cond_channels
+    admits an image cond (B, C', H, W) beside x. UNet(**net.config) builds the network again.
+    """
+
+    def __init__(self, image_size=32, in_channels=3, out_channels=3, channels=128,
+                 channel_mult=(1, 2, 2, 2), blocks=2, attention=(16,), head_channels=64,
+                 dropout=0.1, num_classes=None, time_scale=1000.0, cond_channels=0):  # fmt: skip
+        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        super().__init__()
+        self.config = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
+        widths, halvings = [int(channels * m) for m in channel_mult], len(channel_mult) - 1
+        sizes = [image_size // 2**i for i in range(halvings + 1)]
+        least = dict(image_size=2**halvings, in_channels=1, out_channels=1, channels=2, blocks=1)
+        for k, n in dict(least, head_channels=1, num_classes=1).items():
+            if config[k] is not None and (config[k] < n or config[k] % n):
+                raise ValueError(f"{k} must be a positive multiple of {n}; got {config[k]}")
+        if not set(attention) <= set(sizes):
+            raise ValueError(f"attention must hold sizes among {sizes}; got {attention}")
+        c, c_emb, skips = widths[0], 4 * channels, [widths[0]]
+
+        def stage(c_in, c_out, attend):
+            s = Stage(ResBlock(c_in, c_out, c_emb, dropout))
+            return s.append(Attention(c_out, head_channels)) if attend else s
+
+        # The order of the lines below is ADM's order of weights, which from_adm relies on.
+        self.embed = nn.Sequential(nn.Linear(channels, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
+        self.label = nn.Embedding(num_classes + 1, c_emb) if num_classes else None
+        self.down = nn.ModuleList([Stage(nn.Conv2d(in_channels + cond_channels, c, 3, padding=1))])
+        for size, width in zip(sizes, widths):
+            if size < image_size:
+                self.down.append(Stage(nn.Conv2d(c, c, 3, stride=2, padding=1)))
+                skips.append(c)
+            for _ in range(blocks):
+                self.down.append(stage(c, width, size in attention))
+                skips.append(c := width)
+        self.middle = stage(c, c, True).append(ResBlock(c, c, c_emb, dropout))
+        self.up = nn.ModuleList()
+        for size, width in zip(sizes[::-1], widths[::-1]):
+            for _ in range(blocks + 1):
+                self.up.append(stage(c + skips.pop(), c := width, size in attention))
+            if size < image_size:
+                self.up[-1].append(Upsample(c, c, 3, padding=1))
+        last = zeroed(nn.Conv2d(c, out_channels, 3, padding=1))
+        self.head = nn.Sequential(group_norm(c), nn.SiLU(), last)
+        self.to(memory_format=torch.channels_last)  # strides only; the activations follow them
+
+    def embedding(self, t, x, y):
+        """What the residual blocks see of time and label: (B, 4 channels), or (1, 4 channels)."""
+        dtype = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has 8 bits for 1000 t
+        t = x.new_zeros(1, dtype=dtype) + t
+        if t.shape not in ((1,), x.shape[:1]):
+            raise ValueError(f"t must be a scalar or ({len(x)},), as x; got {tuple(t.shape)}")
+        half, n = self.config["channels"] // 2, self.config["num_classes"]
+        freq = torch.exp(-math.log(1e4) / half * torch.arange(half, dtype=dtype, device=x.device))
+        angle = self.config["time_scale"] * t[:, None] * freq
+        emb = self.embed(torch.cat([angle.cos(), angle.sin()], 1).to(x.dtype))
+        if y is not None and (n is None or y.dtype != torch.int64 or y.shape != x.shape[:1]
+                              or y.is_cpu and ((y < 0) | (y > n)).any()):  # fmt: skip
+            raise ValueError(f"y must be int64 ({len(x)},), 0 to num_classes = {n}; got {y}")
+        return emb if n is None else emb + (self.label.weight[n] if y is None else self.label(y))
+
+    def forward(self, t, x, y=None, cond=None):
+        size, c_cond = self.config["image_size"], self.config["cond_channels"]
+        for name, image, c in ("x", x, self.config["in_channels"]), ("cond", cond, c_cond):
+            want, got = (len(x), c, size, size), () if image is None else tuple(image.shape)
+            if got != (want if c else ()):
+                raise ValueError(f"{name} must be {want if c else None}; got {got}")
+        emb = F.silu(self.embedding(t, x, y))
+        h, skips = x if cond is None else torch.cat([x, cond.to(x.dtype)], 1), []
+        for stage in self.down:
+            skips.append(h := stage(h, emb))
+        h = self.middle(h, emb)
+        for stage in self.up:
+            h = stage(torch.cat([h, skips.pop()], 1), emb)
+        return self.head(h)
+
+    @classmethod
+    def from_adm(cls, checkpoint, time_scale=1.0, **config):
+        """UNet with the weights of torchcfm's UNetModelWrapper, taken by order, not by name.
+
+        checkpoint is its state dict, or a dict with that under ema_model (preferred) or net_model.
+        Those networks saw t itself, so time_scale is 1; config tells the rest about them.
+        """
+        net = cls(time_scale=time_scale, **config)
+        theirs = checkpoint.get("ema_model", checkpoint.get("net_model", checkpoint))
+        ours, none = net.state_dict(), ("nothing", torch.empty(0))
+        for (a, p), (b, w) in zip_longest(ours.items(), theirs.items(), fillvalue=none):
+            shape = tuple(getattr(w, "shape", ()))
+            if p.shape != (shape[:2] if shape[2:] == (1,) else shape):  # (1,): a 1x1 Conv1d
+                what = f"{a} {tuple(p.shape)} of {len(ours)} is {b} {shape} of {len(theirs)} there"
+                raise ValueError(f"checkpoint is of another network: {what}; pass its settings")
+            p.copy_(w.reshape(p.shape))
+        return net

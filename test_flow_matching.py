@@ -2,6 +2,7 @@
 
 Run with: python -m pytest -q test_flow_matching.py
 """
+import io
 import math
 import os
 import re
@@ -13,13 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flow_matching as fm
-from flow_matching import (AffinePath, ConditionalFlow, CosinePath, GaussianPath, Marginal, OTPath, SolverError,
-                           VEPath, VPPath, bits_per_dim, cfm_loss, log_prob, odeint, sample)  # fmt: skip
+from flow_matching import (AffinePath, Attention, ConditionalFlow, CosinePath, GaussianPath, Marginal, OTPath, SolverError,
+                           UNet, Upsample, VEPath, VPPath, bits_per_dim, cfm_loss, log_prob, odeint, sample)  # fmt: skip
 
 HERE = Path(__file__).parent
 PATHS = [OTPath(), OTPath(0.1), OTPath(0.0), VPPath(), VPPath(0.5, 5.0), VEPath(), CosinePath(),
@@ -640,6 +643,318 @@ def test_sample_starts_from_the_source_of_the_path():
     a = sample(lambda t, x: x, VPPath(), (4, 2), generator=torch.Generator().manual_seed(3), method="euler", steps=2)
     b = sample(lambda t, x: x, VPPath(), (4, 2), generator=torch.Generator().manual_seed(3), t=(0, 0.5), method="euler", steps=2)
     assert torch.equal(a.xs[0], b.xs[0]) and not torch.equal(a.x, b.x)
+
+
+# ---- 6 UNet ----------------------------------------------------------------------------------------------------------
+
+# Widths 6 and 12 in groups of 3: with one channel a group, the norms would wipe out time and label.
+SMALL = dict(image_size=8, channels=6, channel_mult=(1, 2), blocks=1, attention=(4,),
+             head_channels=6)  # fmt: skip
+PAPER = dict(channels=256, head_channels=64, dropout=0.0)  # Table 3, with the depths below
+
+
+def filled(net):
+    """The network with every weight a fixed function of its place, so that no branch is zero."""
+    with torch.no_grad():
+        for i, p in enumerate(net.parameters()):
+            k = torch.arange(p.numel(), dtype=torch.float64)
+            w = torch.sin(0.7 * k + 0.01 * k * k + i)
+            w = 1 + 0.1 * w if p.dim() == 1 else 1.5 * w / (p.numel() / len(p)) ** 0.5
+            p.copy_(w.reshape(p.shape))
+    return net.eval()
+
+
+def small(dtype=torch.float64, **settings):
+    return filled(UNet(**{**SMALL, **settings})).to(dtype)
+
+
+def pictures(b=3, c=3, size=8, dtype=torch.float64):
+    torch.manual_seed(0)
+    return torch.rand(b, dtype=dtype), torch.randn(b, c, size, size, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        (dict(), 35_746_307),
+        (PAPER, 142_861_315),
+        (dict(PAPER, blocks=3, attention=(16, 8)), 196_069_123),
+        (dict(PAPER, image_size=64, channels=192, blocks=3, channel_mult=(1, 2, 3, 4),
+              attention=(32, 16, 8)), 264_904_515),
+        (dict(PAPER, image_size=128, blocks=3, channel_mult=(1, 1, 2, 3, 4),
+              attention=(32, 16, 8)), 485_015_043),
+    ],
+    ids=["default", "CIFAR-10", "ImageNet-32", "ImageNet-64", "ImageNet-128"],
+)  # fmt: skip
+def test_table_3_parameter_counts(settings, count):
+    with torch.device("meta"):
+        net = UNet(**settings)
+    assert sum(p.numel() for p in net.parameters()) == count
+    assert not list(net.buffers()) and len(net.state_dict()) == len(list(net.parameters()))
+
+
+def test_adm_order_of_weights():
+    """a>b: a residual block, A: attention, C: a 3x3 convolution; widths are 128, or W = 256."""
+    layout = """3C128 128>128 128>128 128C128  128>W A W>W A WCW  W>W W>W WCW  W>W W>W
+                W>W A W>W  512>W 512>W 512>W WCW  512>W 512>W 512>W WCW
+                512>W A 512>W A 384>W A WCW  384>128 256>128 256>128"""
+    shapes = [(512, 128), (512,), (512, 512), (512,)]
+    for word in layout.replace("W", "256").split():
+        a, kind, b = re.fullmatch(r"(\d*)([>AC])(\d*)", word).groups()
+        a, b = int(a or 256), int(b or 256)
+        if kind == ">":
+            shapes += [(a,), (a,), (b, a, 3, 3), (b,), (b, 512), (b,)]
+            shapes += [(b,), (b,), (b, b, 3, 3), (b,)]
+            shapes += [(b, a, 1, 1), (b,)] if a != b else []
+        else:
+            shapes += [(b, a, 3, 3), (b,)] if kind == "C" else []
+            shapes += [(a,), (a,), (3 * a, a), (3 * a,), (a, a), (a,)] if kind == "A" else []
+    shapes += [(128,), (128,), (3, 128, 3, 3), (3,)]
+    with torch.device("meta"):
+        assert [tuple(p.shape) for p in UNet().parameters()] == shapes
+
+
+def test_outputs_of_the_published_network():
+    """The numbers are torchcfm 1.0.7's, run in float64 on the same weights."""
+    net = UNet(channels=32, channel_mult=(1, 2, 2), blocks=1, head_channels=32, time_scale=1)
+    x = torch.sin(0.37 * torch.arange(2 * 3 * 32 * 32, dtype=torch.float64)).reshape(2, 3, 32, 32)
+    t = torch.tensor([0.2, 0.9], dtype=torch.float64)
+    v = filled(net).double()(t, x)[:, :, 5, 11]
+    expected = [[1.458142932449, 1.072046580891, 1.641922546993],
+                [0.984202775110, 1.452158185563, 2.068227448654]]  # fmt: skip
+    assert_close(v, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("size", [8, 16, 17])
+def test_upsample_is_nearest_then_convolution(size):
+    layer, x = Upsample(3, 5, 3, padding=1).double(), pictures(2, 3, size)[1]
+    enlarged = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert_close(layer(x), F.conv2d(enlarged, layer.weight, layer.bias, padding=1))
+
+
+def test_attention_by_hand():
+    layer, x = filled(Attention(8, 4)).double(), pictures(2, 8, 4)[1]
+    h = torch.einsum("bcn,dc->bdn", layer.norm(x).flatten(2), layer.qkv.weight)
+    heads = (h + layer.qkv.bias[:, None]).chunk(2, 1)
+    out = []
+    for q, k, v in (head.chunk(3, 1) for head in heads):  # each (B, 4, HW)
+        out.append(v @ torch.softmax(q.mT @ k / 2, -1).mT)
+    proj = torch.einsum("bcn,dc->bdn", torch.cat(out, 1), layer.proj.weight)
+    assert_close(layer(x), x + (proj + layer.proj.bias[:, None]).reshape(x.shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_time_embedding_sees_1000_t(dtype):
+    seen, net = [], small(dtype)
+    net.embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    net(torch.tensor(0.7313, dtype=torch.float64), torch.zeros(1, 3, 8, 8, dtype=dtype))
+    angles = [731.3 * 10 ** (-4 * k / 3) for k in range(3)]  # 6 channels, so 3 frequencies
+    expected = [f(a) for f in (math.cos, math.sin) for a in angles]
+    atol = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 4e-3}[dtype]
+    assert seen[0].dtype == dtype
+    expected = torch.tensor(expected, dtype=torch.float64)
+    assert_close(seen[0][0].double(), expected, rtol=0, atol=atol)
+
+
+def test_time_formats_and_batch_independence():
+    net, (t, x) = small(), pictures()
+    each = torch.cat([net(float(t[i]), x[i : i + 1]) for i in range(3)])
+    assert_close(net(t, x), each)
+    assert_close(net(t[1], x), net(t[1].expand(3), x))
+    assert (net(t, x) - net(t.flip(0), x)).abs().max() > 1e-3
+    assert_close(net(t, x.contiguous(memory_format=torch.channels_last)), net(t, x))
+    assert_close(net.to(memory_format=torch.contiguous_format)(t, x), each)
+
+
+def test_a_new_network_is_zero_and_dropout_is_for_training():
+    t, x = pictures(dtype=torch.float32)
+    net = UNet(**SMALL, dropout=0.5)
+    assert not net(t, x).any()
+    net = small(torch.float32, dropout=0.5)
+    assert torch.equal(net(t, x), net(t, x))
+    assert not torch.equal(net.train()(t, x), net(t, x))
+
+
+def test_labels_and_conditioning_image():
+    net, (t, x) = small(num_classes=2, cond_channels=1), pictures()
+    y, cond = torch.tensor([0, 1, 2]), torch.ones(3, 1, 8, 8)
+    v, free = net(t, x, y=y, cond=cond), net(t, x, cond=cond)
+    assert_close(v[2], free[2])  # class 2 of 2 is "no label"
+    assert all((v[i] - free[i]).abs().max() > 1e-3 for i in (0, 1))
+    assert (net(t, x, y=y, cond=2 * cond) - v).abs().max() > 1e-3
+    assert v.shape == x.shape and v.dtype == x.dtype
+
+
+def test_gradient_reaches_every_parameter():
+    net, (t, x) = small(num_classes=2, cond_channels=1).train(), pictures()
+    net(t, x, torch.tensor([0, 1, 2]), x[:, :1]).square().mean().backward()
+    assert all(p.grad.abs().sum() > 1e-6 for p in net.parameters())
+    assert all(row.abs().sum() > 1e-6 for row in net.label.weight.grad)
+
+
+@pytest.mark.parametrize("size", [8, 32])
+def test_divergence_and_its_gradient(size):
+    """A batch of vector-Jacobian products, and the double backward, against finite differences."""
+    net, (t, x) = small(image_size=size, attention=(size // 2,)), pictures(1, size=size)
+    eps = torch.randn(2, *x.shape, dtype=x.dtype)
+    x.requires_grad_()
+
+    def estimates(x):  # eps^T (dv/dx) eps, one for each eps
+        vjp = torch.autograd.grad(net(t, x), x, eps, is_grads_batched=True, create_graph=True)[0]
+        return (vjp * eps).flatten(1).sum(1)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        d = estimates(x)
+        h = 1e-5
+        jvp = [(net(t, x + h * e) - net(t, x - h * e)) / (2 * h) for e in eps]
+        expected = torch.stack([(a * e).sum() for a, e in zip(jvp, eps)])
+        assert_close(d, expected, rtol=1e-6, atol=1e-6)
+        weight = net.down[1][0].conv_in.weight
+        dx, dw = torch.autograd.grad(d[0], (x, weight))
+        slope = (estimates(x + h * eps[1]) - estimates(x - h * eps[1]))[0] / (2 * h)
+        assert_close((dx * eps[1]).sum(), slope, rtol=1e-5, atol=1e-5)
+        step = torch.randn_like(weight)
+        with torch.no_grad():
+            weight += h * step
+        above = estimates(x)[0]
+        with torch.no_grad():
+            weight -= 2 * h * step
+        assert_close((dw * step).sum(), (above - estimates(x)[0]) / (2 * h), rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_autocast_trains():
+    net, (t, x) = small(torch.float32, channels=12), pictures(dtype=torch.float32)
+    full = net(t, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = net(t, x)
+    assert (half - full).norm() < 0.05 * full.norm()
+    half.float().square().mean().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_compiles_without_a_graph_break():
+    net, (t, x) = small(), pictures()
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    assert_close(compiled(t, x), net(t, x))
+
+
+def test_config_and_weights_survive_a_safe_checkpoint():
+    net, file = small(num_classes=2), io.BytesIO()
+    torch.save({"config": net.config, "net": net.state_dict()}, file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    again = UNet(**state["config"]).double().eval()
+    again.load_state_dict(state["net"])
+    t, x = pictures()
+    assert again.config == net.config and torch.equal(again(t, x), net(t, x))
+
+
+def adm(net):
+    """The state dict that torchcfm would save: other names, Conv1d weights in the attention."""
+    state = {}
+    for i, (name, p) in enumerate(net.state_dict().items()):
+        state[f"module.w{i}"] = p[..., None] if re.search(r"(qkv|proj)\.weight", name) else p
+    return state
+
+
+def test_from_adm():
+    net, (t, x) = small(torch.float32, time_scale=1), pictures(dtype=torch.float32)
+    good, other = adm(net), adm(UNet(**SMALL))
+    for checkpoint in (good, {"net_model": other, "ema_model": good}, {"net_model": good}):
+        loaded = UNet.from_adm(checkpoint, **SMALL).eval()
+        assert torch.equal(loaded(t, x), net(t, x)) and loaded.config["time_scale"] == 1
+    assert UNet.from_adm(other, time_scale=5.0, **SMALL).config["time_scale"] == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(blocks=2), r"down\.2\.0\.norm_in\.weight \(6,\) of 184.*w16 \(6, 6, 3, 3\) of 128"),
+        (dict(channels=12), r"embed\.0\.weight \(48, 12\).*module\.w0 \(24, 6\)"),
+        (dict(num_classes=2), r"label\.weight \(3, 24\).*module\.w4 \(6, 3, 3, 3\)"),
+    ],
+)
+def test_from_adm_refuses_another_network(change, words):
+    with pytest.raises(ValueError, match=words):
+        UNet.from_adm(adm(UNet(**SMALL)), **{**SMALL, **change})
+
+
+def test_from_adm_refuses_too_few_or_too_many_weights():
+    state = adm(UNet(**SMALL))
+    last = list(state)[-1]
+    with pytest.raises(ValueError, match="nothing.*module.more"):
+        UNet.from_adm({**state, "module.more": torch.zeros(3)}, **SMALL)
+    with pytest.raises(ValueError, match="head.2.bias.*nothing"):
+        UNet.from_adm({k: state[k] for k in state if k != last}, **SMALL)
+    with pytest.raises(ValueError, match="step"):
+        UNet.from_adm({"step": 3}, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(image_size=9), "image_size.*2.*9"),
+        (dict(attention=(4, 16)), r"attention.*\[8, 4\].*16"),
+        (dict(channels=9), "channels.*2.*9"),
+        (dict(blocks=0), "blocks.*0"),
+        (dict(num_classes=0), "num_classes.*0"),
+        (dict(channels=20, head_channels=6), "head_channels.*40.*6"),
+    ],
+)
+def test_settings_that_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        UNet(**{**SMALL, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "call", "words"),
+    [
+        (dict(), dict(x=torch.zeros(3, 1, 8, 8)), "x must be.*3, 8, 8.*1, 8, 8"),
+        (dict(), dict(x=torch.zeros(3, 3, 16, 16)), "x must be.*3, 8, 8.*3, 16, 16"),
+        (dict(), dict(t=torch.zeros(2)), "t must be.*3.*2"),
+        (dict(), dict(t=torch.zeros(3, 1)), "t must be.*3, 1"),
+        (dict(), dict(y=torch.tensor([0, 1, 0])), "y must be.*None"),
+        (dict(num_classes=2), dict(y=torch.tensor([0, 1])), "y must be"),
+        (dict(num_classes=2), dict(y=torch.tensor([0.0, 1.0, 1.0])), "y must be int64"),
+        (dict(num_classes=2), dict(y=torch.tensor([0, 1, 3])), "y must be.*2.*3"),
+        (dict(num_classes=2), dict(y=torch.tensor([0, 1, -1])), "y must be.*-1"),
+        (dict(), dict(cond=torch.zeros(3, 3, 8, 8)), "cond must be None"),
+        (dict(cond_channels=1), dict(), r"cond must be \(3, 1, 8, 8\)"),
+        (dict(cond_channels=1), dict(cond=torch.zeros(3, 1, 4, 4)), "cond must be.*3, 1, 4, 4"),
+    ],
+)
+def test_inputs_that_are_refused(settings, call, words):
+    net = UNet(**SMALL, **settings)
+    with pytest.raises(ValueError, match=words):
+        net(**{"t": torch.zeros(3), "x": torch.zeros(3, 3, 8, 8), **call})
+
+
+@pytest.mark.parametrize("options", [{}, {"divergence": "hutchinson", "probes": 2}], ids=["exact", "hutchinson"])
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_appendix_c_likelihood_runs_on_the_network(options, differentiable):
+    net, (_, x) = small(torch.float32, num_classes=2, in_channels=1, out_channels=1), pictures(2, 1, dtype=torch.float32)
+    y = torch.tensor([0, 1])
+    record = log_prob(net, x, method="rk4", steps=2, differentiable=differentiable, y=y, **options)
+    copies = torch.autograd.functional.jacobian(lambda x: odeint(net, x, (1.0, 0.0), "rk4", 2, y=y).x, x)
+    logdet = torch.stack([torch.linalg.slogdet(copies[i, :, :, :, i].reshape(64, 64))[1] for i in range(2)])
+    exact = Normal(0, 1).log_prob(record.x0).flatten(1).sum(1) + logdet
+    tolerance = 0.5 if not options else 6 * record.std_err.max().item() + 0.5  # two steps differ from their own Jacobian
+    assert_close(record.log_prob, exact, atol=tolerance, rtol=0)
+    if differentiable:
+        record.log_prob.sum().backward()
+        assert all(p.grad.abs().sum() > 0 for name, p in net.named_parameters() if name != "head.2.bias")
+    bpd = bits_per_dim(net, ((x + 4) * 30).byte(), method="rk4", steps=1, y=y, **options)
+    assert bpd.bpd.shape == (2,) and bpd.bpd.isfinite().all()
+
+
+def test_guidance_scale_1_is_none_and_it_goes_through_the_solver():
+    net, (_, x) = small(num_classes=2), pictures(3)
+    y, steps = torch.tensor([0, 1, 0]), {"method": "euler", "steps": 3}
+    plain = odeint(net, x, y=y, **steps).x
+    assert_close(odeint(fm.guided(net, 1.0), x, y=y, **steps).x, plain)
+    assert_close(odeint(fm.guided(net, 0.0), x, y=y, **steps).x, odeint(net, x, **steps).x)
+    t, strong = torch.full((3,), 0.5).double(), fm.guided(net, 3.0)
+    assert_close(strong(t, x, y=y), net(t, x) + 3 * (net(t, x, y=y) - net(t, x)))
 
 
 # ---- Bad input -------------------------------------------------------------------------------------------------------
