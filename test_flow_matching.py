@@ -929,18 +929,27 @@ def test_inputs_that_are_refused(settings, call, words):
         net(**{"t": torch.zeros(3), "x": torch.zeros(3, 3, 8, 8), **call})
 
 
+@pytest.fixture(scope="module")
+def unet_and_its_density():
+    torch.manual_seed(0)
+    net, x = small(torch.float32, num_classes=2, in_channels=1, out_channels=1), torch.randn(2, 1, 8, 8)
+    y = torch.tensor([0, 1])
+    back = lambda x: odeint(net, x, (1.0, 0.0), "rk4", 2, y=y).x
+    with sdpa_kernel(SDPBackend.MATH):
+        jacobian = torch.autograd.functional.jacobian(back, x, vectorize=True)
+    logdet = torch.stack([torch.linalg.slogdet(jacobian[i, :, :, :, i].reshape(64, 64))[1] for i in range(2)])
+    return net, x, y, Normal(0, 1).log_prob(back(x)).flatten(1).sum(1).detach() + logdet
+
+
 @pytest.mark.parametrize("options", [{}, {"divergence": "hutchinson", "probes": 2}], ids=["exact", "hutchinson"])
 @pytest.mark.parametrize("differentiable", [False, True])
-def test_appendix_c_likelihood_runs_on_the_network(options, differentiable):
-    net, (_, x) = small(torch.float32, num_classes=2, in_channels=1, out_channels=1), pictures(2, 1, dtype=torch.float32)
-    y = torch.tensor([0, 1])
+def test_appendix_c_likelihood_runs_on_the_network(unet_and_its_density, options, differentiable):
+    net, x, y, exact = unet_and_its_density
     record = log_prob(net, x, method="rk4", steps=2, differentiable=differentiable, y=y, **options)
-    copies = torch.autograd.functional.jacobian(lambda x: odeint(net, x, (1.0, 0.0), "rk4", 2, y=y).x, x)
-    logdet = torch.stack([torch.linalg.slogdet(copies[i, :, :, :, i].reshape(64, 64))[1] for i in range(2)])
-    exact = Normal(0, 1).log_prob(record.x0).flatten(1).sum(1) + logdet
     tolerance = 0.5 if not options else 6 * record.std_err.max().item() + 0.5  # two steps differ from their own Jacobian
     assert_close(record.log_prob, exact, atol=tolerance, rtol=0)
     if differentiable:
+        net.zero_grad()
         record.log_prob.sum().backward()
         assert all(p.grad.abs().sum() > 0 for name, p in net.named_parameters() if name != "head.2.bias")
     bpd = bits_per_dim(net, ((x + 4) * 30).byte(), method="rk4", steps=1, y=y, **options)
@@ -1023,3 +1032,97 @@ def test_bad_input_is_met_at_the_door(name):
     call, message = BAD_CALLS[name]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ---- The file, the scripts and the README ----------------------------------------------------------------------------
+
+
+def run(*command, cwd=HERE, timeout=120, **env):
+    """A command line as a user types it."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=env, timeout=timeout, capture_output=True, text=True)
+
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_module_alone_runs_the_readmes_example(tmp_path):
+    (tmp_path / "flow_matching.py").write_text((HERE / "flow_matching.py").read_text(encoding="utf-8"), encoding="utf-8")
+    example = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    block = "import sys\nfor name in ('torchvision', 'scipy', 'PIL'): sys.modules[name] = None\n"
+    quiet = "import torch\nbefore = torch.get_rng_state()\nimport flow_matching\nassert torch.equal(before, torch.get_rng_state())\n"
+    (tmp_path / "example.py").write_text(block + quiet + example, encoding="utf-8")
+    done = run("-W", "error", "-W", "ignore:Failed to initialize NumPy", "example.py", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.count("tensor(") == 2, done.stderr
+
+
+def test_readme_table_names_functions_and_tests_that_exist():
+    rows = re.findall(r"^\|[^|]+\| `(\w+)` \| `(test_\w+)` \|$", README, re.M)
+    assert len(rows) >= 12
+    for function, test in rows:
+        assert hasattr(fm, function) and callable(globals()[test]), (function, test)
+    numbers = lambda text: {n for a, b in re.findall(r"\((\d+)\)(?:-\((\d+)\))?", text) for n in range(int(a), int(b or a) + 1)}
+    table = README.split("## What is where")[1].split("Test everything")[0]
+    assert numbers(table) <= numbers((HERE / "flow_matching.py").read_text(encoding="utf-8"))
+    assert numbers(table) >= {1, 6, 8, 10, 11, *range(14, 24), 26, 33, 34, 37, 47}
+
+
+def test_train_toy_from_the_command_line(tmp_path):
+    import train_toy
+
+    done = run("-W", "error", "train_toy.py", "--path", "ot", "ve", "--steps", 20, "--batch", 64, "--samples", 200, "--data", "8gaussians", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^ot +\d", done.stdout, re.M) and re.search(r"^ve midpoint", done.stdout, re.M) and "floor" in done.stdout
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "density.png", "nfe.png", "trajectories.png", "likelihood.png", "metrics.json", "model_ot.pt", "model_ve.pt"}  # fmt: skip
+    flow = train_toy.load(tmp_path / "model_ve.pt")
+    assert flow.path == VEPath() and flow.sample(3, method="euler", steps=2).shape == (3, 2)
+    axis = torch.linspace(-12, 12, 60) + flow.shift[0]
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
+    mass = flow.log_prob(grid, rtol=1e-3, atol=1e-3).exp().sum() * (24 / 59) ** 2
+    assert abs(mass - 1) < 0.02  # the standardisation's Jacobian is in it
+
+
+def test_toy_data_densities_and_fields_are_exact(tmp_path):
+    import train_toy
+    from PIL import Image
+
+    Image.fromarray(np.kron(np.array([[0, 255], [255, 0]], dtype=np.uint8), np.ones((6, 6), dtype=np.uint8))).save(tmp_path / "two.png")
+    for name in ("checkerboard", "moons", "8gaussians", "spirals", "rings", str(tmp_path / "two.png")):
+        data = train_toy.make_data(name)
+        x = data.sample(4000)
+        assert abs(x.square().mean() - 1) < 0.1 and x.mean(0).abs().max() < 0.08
+        assert data.log_prob(x).isfinite().all()
+        width = 4 * data.scale
+        grid = (torch.rand(30_000, 2) * 2 - 1) * width / data.scale
+        mass = data.log_prob(grid).double().exp().mean() * (2 * width) ** 2
+        assert abs(mass - 1) < 0.12, name
+        for path in (OTPath(), VPPath()):  # u_t = E[dx_t | x_t]: orthogonal to what is left of the target
+            t = torch.rand(len(x)) * 0.9
+            x_t, dx_t = path.psi_dpsi(t, torch.randn_like(x), x)
+            u = data.field(path)(t, x_t)
+            rest = (dx_t - u).double()
+            for probe in (u, x_t, torch.sin(3 * x_t), torch.ones_like(u)):
+                z = (rest * probe).sum(1)
+                assert abs(z.mean()) < 4.5 * z.std() / math.sqrt(len(z)), (name, path)
+    assert_close(-train_toy.Checkerboard().log_prob(torch.tensor([[0.1, 0.1]])), torch.tensor([3.6765]), atol=1e-4, rtol=0)
+
+
+BAD_TOY = {
+    "--path nowhere": "--path", "--steps 0": "--steps must be at least 1", "--steps many": "--steps", "--batch -3": "--batch must be", "--samples 0": "--samples must be",
+    "--lr 0": "--lr must be", "--lr nan": "--lr must be", "--data missing.png": "missing.png", "--data README.md": "--data",
+    "--device gpu9": "--device gpu9", "--out README.md": "--out", "--seed x": "--seed", "--pth ot": "--pth",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", BAD_TOY)
+def test_train_toy_refuses_bad_command_lines(line, capsys, monkeypatch):
+    import train_toy
+
+    monkeypatch.chdir(HERE)
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in HERE.iterdir() if p.is_file())
+    with pytest.raises(SystemExit) as e:
+        train_toy.main(line.split())
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and BAD_TOY[line] in error.splitlines()[-1] and "Traceback" not in error
+    assert before == sorted((p.name, p.stat().st_mtime_ns) for p in HERE.iterdir() if p.is_file())

@@ -124,17 +124,17 @@ def make_data(name):
 
 
 class Net(nn.Module):
-    """v(t, x): a small SiLU network on random Fourier features of x, which let it see edges.
+    """v(t, x): a small SiLU network on random Fourier features of x, which let it see edges, sharper towards t = 1.
 
     It learns what is left of the field once x is known: for Gaussian data of unit variance E[dx_t | x_t] is linear,
     and the rest, across it, has the scale (d alpha sigma - alpha d sigma) / rho, rho^2 = alpha^2 + sigma^2.
     """
 
-    def __init__(self, path, width=64, depth=4, features=128, bandwidth=3.0):
+    def __init__(self, path, width=64, depth=4, features=64, bandwidth=3.0):
         super().__init__()
         self.path = path
         self.register_buffer("frequencies", bandwidth * torch.randn(2, features))
-        sizes = [2 + 2 * features + 10, *[width] * depth]
+        sizes = [2 + 4 * features + 10, *[width] * depth]
         hidden = [layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o), nn.SiLU())]
         self.layers = nn.Sequential(*hidden, nn.Linear(width, 2))
 
@@ -142,9 +142,11 @@ class Net(nn.Module):
         t = t[:, None]
         alpha_t, sigma_t, dalpha_t, dsigma_t = self.path.coefficients(t)
         rho = (alpha_t**2 + sigma_t**2).sqrt()
-        phase, wave = x / rho @ self.frequencies, math.pi * t * torch.arange(1, 5, device=x.device)
-        closeness = -torch.log(1.01 - t)  # u_t changes ever faster towards t = 1
-        features = [x / rho, phase.sin(), phase.cos(), t, closeness, wave.sin(), wave.cos()]
+        wave = math.pi * t * torch.arange(1, 5, device=x.device)
+        phase = x / rho @ self.frequencies
+        phase = torch.cat([phase.sin(), phase.cos()], 1)
+        sharp = 0.2 / (1.05 - t) * phase  # u_t varies over sigma_t, so its slopes grow as 1 / (1 - t)
+        features = [x / rho, phase, sharp, t, -torch.log(1.01 - t), wave.sin(), wave.cos()]
         across = (dalpha_t * sigma_t - alpha_t * dsigma_t) / rho * self.layers(torch.cat(features, 1))
         return (alpha_t * dalpha_t + sigma_t * dsigma_t) / rho**2 * x + across
 
@@ -220,10 +222,11 @@ def energy_distance(x, y):
     return 2 * torch.cdist(x, y).mean().item() - within
 
 
-def measure(flow, data, seed, device, n=4000):
+def measure(flow, data, args):
     """Numbers of a flow against the truth, as a dict; held-out points and noise depend on the seed only."""
+    seed, device, n = args.seed, args.device, min(args.samples, 4000)
     generator = torch.Generator().manual_seed(seed + 1)
-    x1, many = data.sample(n, generator), data.sample(2**16, generator)
+    x1, many = data.sample(n, generator), data.sample(16 * n, generator)
     nll = -flow.log_prob((data.shift + data.scale * x1).to(device), rtol=1e-6, atol=1e-6).cpu()
     entropy = -data.log_prob(many).mean().item()  # of the same law: exact for the checkerboard
     x0, u = torch.randn(many.shape, generator=generator), torch.rand(len(many), generator=generator)
@@ -324,10 +327,10 @@ def draw(flows, data, args):
     truth = (data.log_prob(grid.to(torch.float32) / data.scale).exp() / peak).reshape(96, 96)
     for name, flow in flows.items():
         generator = torch.Generator().manual_seed(args.seed)
-        x0 = flow.path.sample_source((50000, 2), generator=generator).to(args.device)
+        x0 = flow.path.sample_source((args.samples, 2), generator=generator).to(args.device)
         t = [min(s, flow.path.t_span[1]) for s in times]
         density[name] = [show(x) for x in odeint(flow.v, x0, t, rtol=1e-3, atol=1e-3).xs]
-        nfe[name] = [show(odeint(flow.v, x0, flow.path.t_span, "midpoint", steps=n // 2).x) for n in (4, 8, 10, 20)] + [show(data.sample(50000))]
+        nfe[name] = [show(odeint(flow.v, x0, flow.path.t_span, "midpoint", steps=n // 2).x) for n in (4, 8, 10, 20)] + [show(data.sample(args.samples))]
         t = torch.linspace(*flow.path.t_span, 51).tolist()
         xs = data.scale * odeint(flow.v, x0[:200], t, "rk4", steps=50).xs
         paths[name] = [draw_paths(xs, 1.3 * limit)]
@@ -348,10 +351,11 @@ def parse_args(argv=None):
     p.add_argument("--batch", type=int, default=2048, help="samples a step (%(default)s)")
     p.add_argument("--lr", type=float, default=4e-3, help="peak learning rate (%(default)s)")
     p.add_argument("--seed", type=int, default=0, help="seeds weights, data and noise (%(default)s)")
+    p.add_argument("--samples", type=int, default=50000, help="points in the pictures; up to 4000 are measured (%(default)s)")
     p.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder for pictures, numbers and weights (%(default)s)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps (%(default)s)")
     args = p.parse_args(argv)
-    for flag in ("steps", "batch"):
+    for flag in ("steps", "batch", "samples"):
         if getattr(args, flag) < 1:
             p.error(f"--{flag} must be at least 1; got {getattr(args, flag)}")
     if not 0 < args.lr < math.inf:
@@ -373,7 +377,7 @@ def main(argv=None):
     flows, results = {}, {}
     for name in dict.fromkeys(args.path):
         flow, seconds = train(name, args.target, args)
-        flows[name], results[name] = flow, {**measure(flow, args.target, args.seed, args.device), "seconds": seconds}
+        flows[name], results[name] = flow, {**measure(flow, args.target, args), "seconds": seconds}
         state = {"format": "flow-matching-toy-1", "path": name, "path_options": asdict(flow.path)}
         state |= {"net": flow.v.state_dict(), "shift": flow.shift, "scale": flow.scale}
         write(args.out / f"model_{name}.pt", lambda part: torch.save(state, part))
