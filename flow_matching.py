@@ -290,7 +290,7 @@ def cfm_loss(v, path, x1, x0=None, t=None, reduction="mean", **cond):
 
 
 class Marginal:
-    """The exact marginal field u_t, Eq. (8), of data (N, *dims) under an affine path: call it as v(t, x).
+    """The exact marginal field u_t, Eq. (8), of data (N, *dims) under an affine path: call it as v(t, x). See Eq. (26).
 
     All of it comes from the posterior mean of x1, since Eq. (15) is linear in x1. Queries are worked off in chunks
     of at most 64 MB. t: a number, () or (B,) inside path.t_span; ValueError for other t, other paths, bad data.
