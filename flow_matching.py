@@ -7,9 +7,9 @@ tensors in cond have B rows and follow their samples through loss, solver and li
 differ from the paper and say why.
 
     1 Paths          ConditionalFlow, GaussianPath, AffinePath, OTPath, VPPath, VEPath, CosinePath     Eqs. (10)-(22)
-    2 Loss           cfm_loss                                                                          Eqs. (14), (23)
+    2 Loss           cfm_loss, as_velocity, ot_coupling                                                Eqs. (14), (43)-(46)
     3 Exact marginal Marginal: p_t and u_t of a finite data set                                        Eqs. (6), (8)
-    4 Solvers        odeint, sample, guided, SolverError                                               Eq. (1)
+    4 Solvers        odeint, sample, sample_sde, guided                                                Eq. (1)
     5 Likelihood     log_prob, bits_per_dim                                                            Eqs. (27)-(37), (47)
     6 UNet           UNet, the network of the paper's image experiments                                App. E, Table 3
 """
@@ -159,6 +159,44 @@ class AffinePath(GaussianPath):
         alpha_t, sigma_t, dalpha_t, dsigma_t = self.coefficients(expand(t, x1))
         return alpha_t * x1, sigma_t, dalpha_t * x1, dsigma_t
 
+    def convert(self, t, x, value, source, target):
+        """The target, (B, *dims), that a source value means at x = psi_t(x0): "velocity", "score", "noise" (x0), "data" (x1).
+
+        x = alpha x1 + sigma x0 and its derivative, solved once; linear, so true of posterior means as well. Eq. (46) is
+        "noise" or "score" to "velocity". Raises ValueError where it divides by zero: data to noise or velocity and
+        anything else to score at sigma_t = 0; noise or score to velocity or data at alpha_t = 0.
+        """
+        for name, kind in (("source", source), ("target", target)):
+            if kind not in ("velocity", "score", "noise", "data"):
+                raise ValueError(f"{name} must be velocity, score, noise or data; got {kind!r}")
+        if source == target:
+            return value
+        t = expand(t, x)
+        alpha_t, sigma_t, dalpha_t, dsigma_t = self.coefficients(t)
+
+        def divisor(d):
+            if (d == 0).any():
+                raise ValueError(f"{source} does not tell {target} at t = {t[d == 0][0].item():.6g} of {self!r}: keep t away from it")
+            return d
+
+        if source == "velocity":
+            det = divisor(dalpha_t * sigma_t - alpha_t * dsigma_t)
+            x0, x1 = (dalpha_t * x - alpha_t * value) / det, (sigma_t * value - dsigma_t * x) / det
+        elif source == "data":
+            x1 = value
+            x0 = (x - alpha_t * x1) / divisor(sigma_t)
+        else:
+            x0 = value if source == "noise" else -sigma_t * value
+            x1 = (x - sigma_t * x0) / divisor(alpha_t) if target in ("data", "velocity") else None
+        if target == "velocity":
+            return dsigma_t * x0 + dalpha_t * x1
+        return {"noise": x0, "data": x1}[target] if target != "score" else -x0 / divisor(sigma_t)
+
+    def noising(self, t, x):
+        """Drift (B, *dims) and diffusion (B, 1, ...) of the noising SDE dx = f ds + g dw, s = 1 - t, Eq. (38): VP's, VE's."""
+        alpha_t, sigma_t, dalpha_t, dsigma_t = self.coefficients(expand(t, x))
+        return -dalpha_t / alpha_t * x, (2 * sigma_t * (dalpha_t / alpha_t * sigma_t - dsigma_t)).sqrt()
+
     @functools.cached_property
     def t_span(self):
         """[0, 1], cut at 1 - 1e-5 where sigma_1 = 0 and u_t, the score and log p_t divide by zero (App. E.1's cut)."""
@@ -253,11 +291,13 @@ class CosinePath(AffinePath):
 # ---- 2 Loss, Section 3.2 ---------------------------------------------------------------------------------------------
 
 
-def cfm_loss(v, path, x1, x0=None, t=None, reduction="mean", **cond):
+def cfm_loss(v, path, x1, x0=None, t=None, reduction="mean", predict="velocity", weight=None, **cond):
     """One-batch estimate of L_CFM, Eq. (14) (Eq. (23) for OTPath): a scalar, or (B,) with reduction="none".
 
     x1: (B, *dims) data. x0: (B, *dims), given for pair conditioning z = (x0, x1), else drawn from N(0, I). t: () or
     (B,), else drawn stratified. cond: tensors of B rows for v. Its minimum is not 0 but E Var[dpsi | x_t].
+    predict: what v gives, "velocity", "noise" (Eq. (45), DDPM), "score" (Eq. (43), the true score, not the paper's minus)
+    or "data". weight: lambda(t) of Eq. (43), a function of t (B,) or "sigma^2" (score matching) or "beta" (ScoreFlow).
     Raises ValueError for shapes that do not match, data that is not finite floating point, t outside path.t_span
     and x0 for a path whose psi_0 is not the identity.
     """
@@ -265,6 +305,10 @@ def cfm_loss(v, path, x1, x0=None, t=None, reduction="mean", **cond):
     _check_cond(cond, x1)
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none'; got {reduction!r}")
+    if predict not in ("velocity", "noise", "score", "data"):
+        raise ValueError(f"predict must be velocity, noise, score or data; got {predict!r}")
+    if not (weight is None or callable(weight) or weight == "sigma^2" or (weight == "beta" and hasattr(path, "beta"))):
+        raise ValueError(f"weight must be None, a function of t, 'sigma^2', or 'beta' on VPPath; got {weight!r} on {path!r}")
     if t is None:
         # Departure: t ~ U[t_span] row by row, but stratified over the batch, which lowers the variance of the loss.
         u = torch.rand((), device=x1.device) + torch.arange(len(x1), device=x1.device) / len(x1)
@@ -277,13 +321,39 @@ def cfm_loss(v, path, x1, x0=None, t=None, reduction="mean", **cond):
         raise ValueError(f"x0 cannot be paired on {path!r}: psi_0(x0) is not x0 there; use OTPath or CosinePath")
     elif x0.shape != x1.shape:
         raise ValueError(f"x0 must have the shape of x1, {tuple(x1.shape)}; got {tuple(x0.shape)}")
-    x_t, dx_t = path.psi_dpsi(t, x0, x1)
+    x_t, target = path.psi_dpsi(t, x0, x1)
+    if predict != "velocity":
+        target = {"noise": lambda: x0, "data": lambda: x1, "score": lambda: -x0 / path.moments(t, x1)[1]}[predict]()
     v_t = v(t, x_t.to(x1.dtype), **cond)
-    if v_t.shape != dx_t.shape:
-        raise ValueError(f"v must return the shape of x, {tuple(dx_t.shape)}; got {tuple(v_t.shape)}")
+    if v_t.shape != x1.shape:
+        raise ValueError(f"v must return the shape of x, {tuple(x1.shape)}; got {tuple(v_t.shape)}")
     # Departure: Eq. (14) sums over dimensions; the mean keeps the learning rate independent of their number.
-    loss = (v_t - dx_t).square().reshape(len(x1), -1).mean(1)
+    loss = (v_t - target).square().reshape(len(x1), -1).mean(1)
+    if weight is not None:
+        named = {"sigma^2": lambda t: path.coefficients(t)[1].square(), "beta": lambda t: path.beta(1 - t)}
+        loss = loss * named.get(weight, weight)(t)
     return loss.mean() if reduction == "mean" else loss
+
+
+def as_velocity(model, path, predict):
+    """The vector field of a network that predicts "score", "noise" or "data" on an affine path, Eq. (46)."""
+    return lambda t, x, **cond: path.convert(t, x, model(t, x, **cond), predict, "velocity")
+
+
+def ot_coupling(x0, x1):
+    """The permutation p, (B,), for which pairs (x0[p], x1) have the least sum of squared distances; needs SciPy.
+
+    This is minibatch optimal transport (Tong et al., 2024), which changes who is paired with whom, every point used
+    once. The paper's OT path is another thing: how a given pair is joined. Use it as cfm_loss(..., x0=x0[p]).
+    """
+    if x0.shape != x1.shape:
+        raise ValueError(f"x0 and x1 must have one shape; got {tuple(x0.shape)} and {tuple(x1.shape)}")
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError:
+        raise ImportError("ot_coupling needs SciPy: pip install scipy") from None
+    cost = torch.cdist(x1.flatten(1), x0.flatten(1)).square()
+    return torch.as_tensor(linear_sum_assignment(cost.detach().cpu().numpy())[1], device=x0.device)
 
 
 # ---- 3 Exact marginals of finite data, Section 3.1 -------------------------------------------------------------------
@@ -432,6 +502,26 @@ def sample(v, path, shape, device=None, dtype=None, generator=None, **solver):
     """
     x0 = path.sample_source(shape, device=device, dtype=dtype, generator=generator)
     return odeint(v, x0, **{"t": path.t_span, **solver})
+
+
+@torch.no_grad()
+def sample_sde(v, path, shape, steps, g=1.0, device=None, dtype=None, generator=None, **cond):
+    """Samples, (B, *dims), of dx = (v + g^2 / 2 score) dt + g dw by Euler-Maruyama, the last step without noise.
+
+    Any g, a number or a function of t, has the marginals of the ODE, its case g = 0; v must be the velocity on an affine
+    path. With g = path.noising(t, x)[1] it is the reverse SDE of Song et al. (2021).
+    """
+    x = path.sample_source(shape, device=device, dtype=dtype, generator=generator)
+    t0, t1 = path.t_span
+    h = (t1 - t0) / steps
+    for i in range(steps):
+        t = x.new_full((len(x),), t0 + i * h, dtype=_wide(x.dtype))
+        g_t = g(t0 + i * h) if callable(g) else g
+        v_t = v(t, x, **cond)
+        drift = v_t + g_t**2 / 2 * path.convert(t, x, v_t, "velocity", "score")
+        noise = torch.randn(shape, device=x.device, dtype=x.dtype, generator=generator) if i + 1 < steps else 0
+        x = x + h * drift + math.sqrt(h) * g_t * noise
+    return x
 
 
 def guided(v, scale, drop=("y",)):

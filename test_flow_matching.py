@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, permutations
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +214,93 @@ def test_loss_times_are_stratified_and_each_row_is_uniform():
     assert 0 <= t.min() and t.max() < 1
     for row in t.T:  # Kolmogorov-Smirnov against U[0, 1], at the 0.1 % level
         assert (row.sort().values - (torch.arange(2000) + 0.5) / 2000).abs().max() < 1.95 / math.sqrt(2000)
+
+
+KINDS = ["velocity", "score", "noise", "data"]
+
+
+@every_path
+def test_conversions_round_trip_and_agree_with_x0_x1_and_dpsi(path):
+    if not isinstance(path, AffinePath):
+        return
+    t, x0, x1 = batch()
+    x_t = path.psi(t, x0, x1)
+    truth = {"velocity": path.dpsi(t, x0, x1), "score": path.score(t, x_t, x1), "noise": x0, "data": x1}
+    for source in KINDS:
+        for target in KINDS:
+            assert_close(path.convert(t, x_t, truth[source], source, target), truth[target], atol=1e-6, rtol=1e-6)
+
+
+def test_eq46_conversion_of_the_exact_marginal_and_broadcast_of_t():
+    path, data = VPPath(), torch.randn(6, 3, dtype=torch.float64)
+    marginal, (t, _, x) = Marginal(path, data), batch(3, 3)  # B = last dimension: t must not broadcast along it
+    score = marginal.score(t, x)
+    T = by_autodiff(lambda s: 0.1 * s + 0.5 * s * s * 19.9, 1 - t)[:, None]
+    assert_close(marginal(t, x), T / 2 * (x + score))  # Eq. (46) with the true sign of the score
+    for source, value in (("score", score), ("data", marginal.x1_mean(t, x))):
+        assert_close(path.convert(t, x, value, source, "velocity"), marginal(t, x))
+        assert_close(fm.as_velocity(lambda t, x, source=source, value=value: value, path, source)(t, x), marginal(t, x))
+
+
+def test_conversions_raise_at_their_singular_ends():
+    x, path = torch.randn(4, 2), OTPath(0.0)
+    for t, pairs in ((0.0, [("noise", "data"), ("score", "velocity")]), (1.0, [("data", "noise"), ("noise", "score"), ("data", "velocity")])):
+        for source, target in pairs:
+            with pytest.raises(ValueError, match=f"{source} does not tell {target} at t = {t:g}"):
+                path.convert(t, x, x, source, target)
+    assert path.convert(1.0, x, x, "velocity", "data").isfinite().all()
+    assert path.convert(0.0, x, x, "velocity", "score").isfinite().all()
+
+
+@pytest.mark.parametrize("predict, weight", [("noise", None), ("score", "sigma^2"), ("score", "beta"), ("data", None)])
+def test_eq43_eq45_minimisers_are_the_exact_marginal(predict, weight):
+    path, data = VPPath(), torch.randn(5, 2, dtype=torch.float64)
+    marginal, x1 = Marginal(path, data), data.repeat(4000, 1)
+    best = lambda t, x: path.convert(t, x, marginal(t, x), "velocity", predict)
+    torch.manual_seed(1)
+    t, x0 = 0.02 + 0.95 * torch.rand(len(x1), dtype=torch.float64), torch.randn_like(x1)
+    # no x0= on VP: the same draw by seed
+    losses = []
+    for scale in (0.97, 1.0, 1.03):
+        torch.manual_seed(2)
+        losses.append(cfm_loss(lambda t, x: scale * best(t, x), path, x1, t=t, predict=predict, weight=weight))
+    assert losses[1] < losses[0] and losses[1] < losses[2]
+
+
+def test_table_1_weights_against_closed_forms():
+    path, (t, _, x1) = VPPath(), batch(2000, 2)
+    zero = lambda t, x: 0 * x
+    T = 0.1 * (1 - t) + 9.95 * (1 - t) ** 2
+    sigma2, beta = 1 - torch.exp(-T), 20 - 19.9 * t
+
+    def loss(**options):
+        torch.manual_seed(5)
+        return cfm_loss(zero, path, x1, t=t, reduction="none", **options)
+
+    noise = loss(predict="noise")  # |x0|^2 / d, Eq. (45)
+    torch.manual_seed(5)
+    assert_close(noise, torch.randn_like(x1).square().mean(1))
+    assert_close(loss(predict="score"), noise / sigma2, rtol=1e-5, atol=0)
+    assert_close(loss(predict="score", weight="sigma^2"), noise)
+    assert_close(loss(predict="score", weight="beta"), noise / sigma2 * beta)
+    assert_close(loss(predict="noise", weight=lambda t: t**2), noise * t**2)
+    assert_close(loss(predict="data"), x1.square().mean(1))
+
+
+@pytest.mark.parametrize("n", [1, 4, 7])
+def test_ot_coupling_is_the_best_of_all_permutations(n):
+    pytest.importorskip("scipy")
+    x0, x1 = torch.randn(2, n, 2, 3)
+    cost = lambda p: (x0[list(p)] - x1).square().sum().item()
+    p = fm.ot_coupling(x0, x1)
+    assert sorted(p.tolist()) == list(range(n))
+    assert abs(cost(p.tolist()) - min(map(cost, permutations(range(n))))) < 1e-4
+
+
+def test_ot_coupling_without_scipy_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(ImportError, match="pip install scipy"):
+        fm.ot_coupling(torch.zeros(2, 1), torch.zeros(2, 1))
 
 
 # ---- 3 Exact marginals -----------------------------------------------------------------------------------------------
@@ -492,6 +579,34 @@ def test_a_non_finite_trial_step_is_rejected_not_fatal():
     v = lambda t, x: torch.where(x < -0.01, torch.nan, -20 * x)  # an overshooting step would see the hole
     solution = odeint(v, torch.ones(3, 1), rtol=1e-3, atol=1e-3)
     assert solution.x.abs().max() < 1e-2 and solution.x.isfinite().all()
+
+
+@pytest.mark.parametrize("g", [0.0, 0.4, lambda t: 1.5 - 1.4 * t], ids=["0", "0.4", "g(t)"])
+@pytest.mark.parametrize("path", [OTPath(0.1), VPPath(0.1, 8.0)], ids=repr)
+def test_sde_has_the_marginals_of_the_ode(path, g):
+    data = torch.tensor([[-1.0, 0.5], [1.5, 0.0], [0.0, -1.0]])
+    x = fm.sample_sde(Marginal(path, data), path, (3000, 2), steps=150, g=g)
+    t1 = path.t_span[1]
+    alpha_t, sigma_t, _, _ = path.coefficients(torch.tensor(t1))
+    exact = alpha_t * data[torch.randint(3, (3000,))] + sigma_t * torch.randn(3000, 2)
+    assert (x.mean(0) - alpha_t * data.mean(0)).abs().max() < 0.08
+    assert (torch.cov(x.T) - torch.cov(exact.T)).abs().max() < 0.12
+    distance = 2 * torch.cdist(x, exact).mean() - torch.cdist(x, x).mean() - torch.cdist(exact, exact).mean()
+    assert distance < 0.012
+
+
+def test_eq38_noising_sde_of_vp_and_ve_and_the_probability_flow_of_eq40():
+    (t, _, x), data = batch(), torch.randn(4, 3, dtype=torch.float64)
+    s = (1 - t)[:, None]
+    beta = 0.1 + 19.9 * s
+    f, g = VPPath().noising(t, x)
+    assert_close((f, g), (-beta / 2 * x, beta.sqrt()))
+    f, g = VEPath().noising(t, x)
+    dsigma2 = by_autodiff(lambda s: (0.01 * 1000**s) ** 2, 1 - t)[:, None]
+    assert_close((f, g), (0 * x, dsigma2.sqrt()))
+    for path in (VPPath(), VEPath(0.1, 4.0)):
+        (f, g), marginal = path.noising(t, x), Marginal(path, data)
+        assert_close(marginal(t, x), -(f - g**2 / 2 * marginal.score(t, x)))  # w_t of Eq. (40), in the time t = 1 - s
 
 
 # ---- 5 Likelihood ----------------------------------------------------------------------------------------------------
@@ -986,6 +1101,10 @@ BAD_CALLS = {
     "cfm_loss cond rows": (lambda: cfm_loss(ok, OTPath(), x, y=torch.ones(3)), "y is no option .* 4 rows; got shape"),
     "cfm_loss cond type": (lambda: cfm_loss(ok, OTPath(), x, y="cat"), "y is no option .* got 'cat'"),
     "cfm_loss v shape": (lambda: cfm_loss(lambda t, x: x[:, :1], OTPath(), x), "v must return the shape of x"),
+    "cfm_loss predict": (lambda: cfm_loss(ok, OTPath(), x, predict="x0"), "predict must be"),
+    "cfm_loss weight": (lambda: cfm_loss(ok, OTPath(), x, weight="beta"), "'beta' on VPPath"),
+    "convert source": (lambda: OTPath().convert(0.5, x, x, "eps", "data"), "source must be"),
+    "ot_coupling shapes": (lambda: fm.ot_coupling(x, x[:2]), "x0 and x1 must"),
     "OTPath sigma_min < 0": (lambda: OTPath(-0.1), "sigma_min must lie in"),
     "OTPath sigma_min 1": (lambda: OTPath(1.0), "sigma_min must lie in"),
     "VPPath betas": (lambda: VPPath(5.0, 1.0), "0 <= beta_min <= beta_max"),
