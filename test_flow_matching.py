@@ -3,6 +3,7 @@
 Run with: python -m pytest -q test_flow_matching.py
 """
 import io
+import json
 import math
 import os
 import re
@@ -21,7 +22,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flow_matching as fm
-from flow_matching import (AffinePath, Attention, ConditionalFlow, CosinePath, GaussianPath, Marginal, OTPath, SolverError,
+from flow_matching import (AffinePath, Attention, ResBlock, ConditionalFlow, CosinePath, GaussianPath, Marginal, OTPath, SolverError,
                            UNet, Upsample, VEPath, VPPath, bits_per_dim, cfm_loss, log_prob, odeint, sample)  # fmt: skip
 
 HERE = Path(__file__).parent
@@ -878,6 +879,7 @@ def test_time_formats_and_batch_independence():
     assert_close(net(t[1], x), net(t[1].expand(3), x))
     assert (net(t, x) - net(t.flip(0), x)).abs().max() > 1e-3
     assert_close(net(t, x.contiguous(memory_format=torch.channels_last)), net(t, x))
+    assert net(t, x).is_contiguous(memory_format=torch.channels_last)
     assert_close(net.to(memory_format=torch.contiguous_format)(t, x), each)
 
 
@@ -885,6 +887,8 @@ def test_a_new_network_is_zero_and_dropout_is_for_training():
     t, x = pictures(dtype=torch.float32)
     net = UNet(**SMALL, dropout=0.5)
     assert not net(t, x).any()
+    h, emb = torch.randn(2, 6, 4, 4), torch.randn(2, 24)
+    assert torch.equal(Attention(6, 6)(h), h) and torch.equal(ResBlock(6, 6, 24, 0.5)(h, emb), h)
     net = small(torch.float32, dropout=0.5)
     assert torch.equal(net(t, x), net(t, x))
     assert not torch.equal(net.train()(t, x), net(t, x))
@@ -961,7 +965,8 @@ def test_config_and_weights_survive_a_safe_checkpoint():
     again = UNet(**state["config"]).double().eval()
     again.load_state_dict(state["net"])
     t, x = pictures()
-    assert again.config == net.config and torch.equal(again(t, x), net(t, x))
+    assert json.loads(json.dumps(net.config)) == net.config == again.config  # so no tuples
+    assert torch.equal(again(t, x), net(t, x))
 
 
 def adm(net):
