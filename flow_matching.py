@@ -4,7 +4,7 @@
 Equation numbers are those of arXiv:2210.02747v2. Time runs from noise, t = 0, to data, t = 1. x, x0 (noise) and
 x1 (data) are (B, *dims). A vector field is any callable v(t, x, **cond) -> (B, *dims) with t of shape (B,); keyword
 tensors in cond have B rows and follow their samples through loss, solver and likelihood. Lines marked `Departure:`
-differ from the paper and say why.
+differ from the paper and say why. psi takes standard normal x0; a solve starts from N(0, path.source_std^2 I).
 
     1 Paths          ConditionalFlow, GaussianPath, AffinePath, OTPath, VPPath, VEPath, CosinePath     Eqs. (10)-(22)
     2 Loss           cfm_loss, as_velocity, ot_coupling                                                Eqs. (14), (43)-(46)
@@ -14,6 +14,7 @@ differ from the paper and say why.
     6 UNet           UNet, the network of the paper's image experiments                                App. E, Table 3
 """
 import functools
+import heapq
 import math
 import warnings
 from dataclasses import dataclass
@@ -58,6 +59,11 @@ def _check_cond(cond, x):
         if not isinstance(c, Tensor) or c.ndim == 0 or len(c) != len(x):
             got = f"shape {tuple(c.shape)}" if isinstance(c, Tensor) else repr(c)
             raise ValueError(f"{name} is no option here, so it is conditioning for v: a tensor of {len(x)} rows; got {got}")
+
+
+def _check_path(path):
+    if not isinstance(path, ConditionalFlow):
+        raise ValueError(f"path must be a ConditionalFlow such as OTPath(), an object and not a name or class; got {path!r}")
 
 
 def _check_times(t, x, t_span):
@@ -113,7 +119,7 @@ class GaussianPath(ConditionalFlow):
     def __init__(self, moments=None, t_span=(0.0, 1.0), source_std=1.0):
         if moments is not None:
             self.moments = moments
-        self.t_span, self.source_std = t_span, source_std
+        self.t_span, self.source_std, self.psi0_is_identity = t_span, source_std, source_std == 1  # if mu_0 = 0
 
     def psi_dpsi(self, t, x0, x1):
         """psi_t(x0), Eq. (11), and d/dt psi_t(x0), Eq. (14): no division by sigma_t, so exact up to t = 1."""
@@ -239,7 +245,7 @@ class VPPath(AffinePath):
     source_std = 1.0  # Departure from sigma_0 = 0.99998: the paper samples and scores with N(0, I), and so do we
 
     def __post_init__(self):
-        if not 0 <= self.beta_min <= self.beta_max or self.beta_max == 0:
+        if not (0 <= self.beta_min <= self.beta_max < math.inf and self.beta_max > 0):
             raise ValueError(f"VPPath needs 0 <= beta_min <= beta_max, beta_max > 0; got {self.beta_min}, {self.beta_max}")
 
     def beta(self, s):
@@ -301,6 +307,7 @@ def cfm_loss(v, path, x1, x0=None, t=None, reduction="mean", predict="velocity",
     Raises ValueError for shapes that do not match, data that is not finite floating point, t outside path.t_span
     and x0 for a path whose psi_0 is not the identity.
     """
+    _check_path(path)
     _check_batch("x1", x1, wait=False)  # on a GPU no look at the values, which would wait for it: the loss turns NaN
     _check_cond(cond, x1)
     if reduction not in ("mean", "none"):
@@ -319,8 +326,10 @@ def cfm_loss(v, path, x1, x0=None, t=None, reduction="mean", predict="velocity",
         x0 = torch.randn_like(x1)
     elif not path.psi0_is_identity:
         raise ValueError(f"x0 cannot be paired on {path!r}: psi_0(x0) is not x0 there; use OTPath or CosinePath")
-    elif x0.shape != x1.shape:
-        raise ValueError(f"x0 must have the shape of x1, {tuple(x1.shape)}; got {tuple(x0.shape)}")
+    else:
+        _check_batch("x0", x0, wait=False)
+        if x0.shape != x1.shape:
+            raise ValueError(f"x0 must have the shape of x1, {tuple(x1.shape)}; got {tuple(x0.shape)}")
     x_t, target = path.psi_dpsi(t, x0, x1)
     if predict != "velocity":
         target = {"noise": lambda: x0, "data": lambda: x1, "score": lambda: -x0 / path.moments(t, x1)[1]}[predict]()
@@ -352,7 +361,7 @@ def ot_coupling(x0, x1):
         from scipy.optimize import linear_sum_assignment
     except ImportError:
         raise ImportError("ot_coupling needs SciPy: pip install scipy") from None
-    cost = torch.cdist(x1.flatten(1), x0.flatten(1)).square()
+    cost = torch.cdist(x1.reshape(len(x1), -1), x0.reshape(len(x0), -1)).square()
     return torch.as_tensor(linear_sum_assignment(cost.detach().cpu().numpy())[1], device=x0.device)
 
 
@@ -370,6 +379,8 @@ class Marginal:
         if not isinstance(path, AffinePath):
             raise ValueError(f"path must be affine, mu_t = alpha(t) x1, for the exact marginal; got {path!r}")
         _check_batch("data", data)
+        if data.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"data must be float32 or float64 for sums over all of it; got {data.dtype}")
         self.path, self.data = path, data.reshape(len(data), -1)  # (N, d)
         self._sq_norm = torch.linalg.vector_norm(self.data, dim=1).square()  # (N,)
 
@@ -379,11 +390,11 @@ class Marginal:
         t, x, (N, d) = _check_times(t, x, self.path.t_span), x.reshape(len(x), -1), self.data.shape
         if x.shape[1] != d or x.dtype != self.data.dtype:
             raise ValueError(f"x must be {d}-dimensional {self.data.dtype} like the data; got {x.shape[1]}, {x.dtype}")
-        n = max(1, 2**24 // (N * (d if d <= 32 else 1)))
-        parts = []
-        for t, x in zip(t.split(n), x.split(n)):
-            alpha_t, sigma_t, _, _ = self.path.coefficients(t[:, None])  # (Q, 1)
-            parts.append(f(-self._sq_distance(x, alpha_t, sigma_t) / (2 * sigma_t**2), alpha_t, sigma_t, x))
+        n, parts = max(1, 2**24 // (N * (d if d <= 32 else 1))), []
+        with torch.autocast(x.device.type, enabled=False):
+            for t, x in zip(t.split(n), x.split(n)):
+                alpha_t, sigma_t, _, _ = self.path.coefficients(t[:, None])  # (Q, 1)
+                parts.append(f(-self._sq_distance(x, alpha_t, sigma_t) / (2 * sigma_t**2), alpha_t, sigma_t, x))
         return torch.cat(parts)
 
     def _sq_distance(self, x, alpha_t, sigma_t):
@@ -391,10 +402,13 @@ class Marginal:
         if x.shape[1] <= 32:
             return (x[:, None] - alpha_t[:, None] * self.data).square().sum(2)
         sq_norm = x.square().sum(1, keepdim=True)
+        product = sq_norm + alpha_t**2 * self._sq_norm - 2 * alpha_t * (x @ self.data.T)
         rounding = torch.finfo(x.dtype).eps * (sq_norm + alpha_t**2 * self._sq_norm.max()) / sigma_t**2
-        if (rounding > 0.03).any():  # the log weights of the matrix product below would be off by half of that
-            return (alpha_t * torch.cdist(x / alpha_t, self.data, compute_mode="donot_use_mm_for_euclid_dist")).square()
-        return sq_norm + alpha_t**2 * self._sq_norm - 2 * alpha_t * (x @ self.data.T)
+        cancels = (rounding > 0.03) & (alpha_t > 1e-3)  # the log weights would be off by half of that
+        if not cancels.any():
+            return product
+        direct = torch.cdist(x / alpha_t.clamp(min=1e-3), self.data, compute_mode="donot_use_mm_for_euclid_dist")
+        return torch.where(cancels, (alpha_t * direct).square(), product)
 
     def posterior(self, t, x):
         """p_t(x_i | x), the weight of every data point in Eq. (8), (B, N); rows sum to 1."""
@@ -500,6 +514,7 @@ def sample(v, path, shape, device=None, dtype=None, generator=None, **solver):
 
     solver: the keywords of odeint, conditioning included. No gradients; use odeint for those.
     """
+    _check_path(path)
     x0 = path.sample_source(shape, device=device, dtype=dtype, generator=generator)
     return odeint(v, x0, **{"t": path.t_span, **solver})
 
@@ -511,7 +526,10 @@ def sample_sde(v, path, shape, steps, g=1.0, device=None, dtype=None, generator=
     Any g, a number or a function of t, has the marginals of the ODE, its case g = 0; v must be the velocity on an affine
     path. With g = path.noising(t, x)[1] it is the reverse SDE of Song et al. (2021).
     """
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a whole number >= 1; got {steps!r}")
     x = path.sample_source(shape, device=device, dtype=dtype, generator=generator)
+    _check_cond(cond, x)
     t0, t1 = path.t_span
     h = (t1 - t0) / steps
     for i in range(steps):
@@ -520,7 +538,7 @@ def sample_sde(v, path, shape, steps, g=1.0, device=None, dtype=None, generator=
         v_t = v(t, x, **cond)
         drift = v_t + g_t**2 / 2 * path.convert(t, x, v_t, "velocity", "score")
         noise = torch.randn(shape, device=x.device, dtype=x.dtype, generator=generator) if i + 1 < steps else 0
-        x = x + h * drift + math.sqrt(h) * g_t * noise
+        x = (x + h * drift + math.sqrt(h) * g_t * noise).to(x.dtype)
     return x
 
 
@@ -542,22 +560,39 @@ def _solve(f, x, t, method, steps, rtol, atol, max_nfe, split, cond):
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     grid = torch.as_tensor(t, dtype=x.dtype, device="cpu")
-    order = grid.diff().sign() if grid.ndim == 1 else grid
-    if len(order.reshape(-1)) == 0 or not grid.isfinite().all() or not (order == order[0]).all() or order[0] == 0:
+    order = grid.diff().sign() if grid.ndim == 1 else grid.new_zeros(1)
+    if len(order) == 0 or not grid.isfinite().all() or not (order == order[0]).all() or order[0] == 0:
         raise ValueError(f"t must be two or more finite times, strictly rising or strictly falling in {x.dtype}; got {t}")
     t = t.tolist() if isinstance(t, Tensor) else [float(s) for s in t]
     if method == "dopri5":
-        rtol, atol, max_nfe = 1e-5 if rtol is None else rtol, 1e-5 if atol is None else atol, max_nfe or 10_000
+        rtol, atol, max_nfe = 1e-5 if rtol is None else rtol, 1e-5 if atol is None else atol, 10_000 if max_nfe is None else max_nfe
         if steps is not None:
             raise ValueError(f"steps = {steps} does not go with dopri5, which picks its own; set rtol and atol, or method='rk4'")
+        if not isinstance(max_nfe, int) or max_nfe < 8:
+            raise ValueError(f"max_nfe must be a whole number >= 8, the calls of one step; got {max_nfe!r}")
         if not (rtol >= 0 and atol >= 0 and 0 < rtol + atol < math.inf):
             raise ValueError(f"rtol and atol must be >= 0, finite, and not both 0; got {rtol}, {atol}")
-        return _dopri5(f, x, t, rtol, atol, max_nfe, split, cond)
+        return _plain(_dopri5, f, x, t, rtol, atol, max_nfe, split, cond)
     if not (rtol is None and atol is None and max_nfe is None):
         raise ValueError(f"rtol, atol and max_nfe are for dopri5; {method} takes steps alone")
     if not isinstance(steps, int) or steps < len(t) - 1:
         raise ValueError(f"{method} needs steps, a whole number, at least one for each of the {len(t) - 1} intervals; got {steps}")
-    return _fixed_steps(f, x, t, METHODS[method], steps, cond)
+    return _plain(_fixed_steps, f, x, t, METHODS[method], steps, cond)
+
+
+def _plain(solver, f, x, *args):
+    """solver(f, x, ...), whose own sums keep x's precision where autocast is on, for v, around it."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return solver(f, x, *args)
+
+    def cast(t, x, **cond):
+        with torch.autocast(kind, dtype):
+            return f(t, x, **cond)
+
+    dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        return solver(cast, x, *args)
 
 
 def _tensors(tableau, x):
@@ -590,9 +625,12 @@ def _rk_step(f, C, A, t, t_new, x, k, cond):
 def _fixed_steps(f, x, t, tableau, steps, cond):
     C, A, _ = _tensors(tableau, x)
     counts = [1] * (len(t) - 1)
+    longest = [(-abs(b - a), i) for i, (a, b) in enumerate(zip(t, t[1:]))]
+    heapq.heapify(longest)
     for _ in range(steps - len(counts)):  # the next step goes where steps are longest
-        longest = max(range(len(counts)), key=lambda i: abs(t[i + 1] - t[i]) / counts[i])
-        counts[longest] += 1
+        i = longest[0][1]
+        counts[i] += 1
+        heapq.heapreplace(longest, (-abs(t[i + 1] - t[i]) / counts[i], i))
     xs, nfe = [x], 0
     for a, b, n in zip(t, t[1:], counts):
         for j in range(n):
@@ -654,12 +692,12 @@ def _dopri5(f, x, t, rtol, atol, max_nfe, split, cond):
             scale = torch.maximum(x.abs(), x_new.abs()) * rtol + atol
             error = norm(torch.mv(torch.stack(hks).T, E).view(scale.shape) / scale)
             step, h_old = t_new - t, h
-            ok = error <= 1  # False also where error is not a number
+            ok = (error <= 1) & (step != 0)  # False also where error is not a number
             h = step * (0.9 * torch.exp(-0.2 * torch.log(error))).clamp(0.2, 3)
         if ok.all():
             t, x, k = t_new, x_new, k_new
         else:
-            stuck = ~ok & (step.abs() <= 10 * torch.finfo(t.dtype).eps * t_new.abs())
+            stuck = ~ok & (step.abs() <= torch.finfo(t.dtype).eps * (10 * t_new.abs() + grid.abs().max() / 100))
             if stuck.any():
                 i = _first(stuck)
                 why = "rtol and atol are too tight for" if error[i].isfinite() else "v is not finite near here in"
@@ -671,7 +709,8 @@ def _dopri5(f, x, t, rtol, atol, max_nfe, split, cond):
         arrived = hit & ok
         if arrived.any():
             xs[leg, row], nfe[row] = x, calls  # rows that have not arrived will write again
-            leg, h = leg + arrived, torch.where(arrived & (h_old / h > 1), h_old, h)  # a step cut short is no sign of trouble
+            cut = arrived & (h_old / step > 1.01)  # a step cut short says nothing against the longer one
+            leg, h = leg + arrived, torch.where(cut & (h_old / h > 1), h_old, h)
             go_on = (leg < len(grid)).nonzero()[:, 0]
             if len(go_on) == 0:
                 return xs, nfe, (nfe - 2) // 6 - rejected, rejected
@@ -693,7 +732,7 @@ def _first_step(f, t, x, k, span, rtol, atol, norm, cond):
     step = h0 * span.sign()
     d2 = norm((f(t + step, x + expand(step, x) * k, **cond) - k) / scale) / h0
     h1 = torch.exp(torch.log(torch.fmax(100 / (d1 * (d2 / d1).square().square()), 0.01 / torch.maximum(d1, d2))) / 5)
-    h1 = torch.where(h1.isnan(), h0, torch.minimum(h1, 1000 * h0))
+    h1 = torch.where(h1.isnan() | (h1 == 0), h0, torch.minimum(h1, 1000 * h0))  # h0: the probe was not finite
     return torch.minimum(h1, span.abs()) * span.sign()
 
 
@@ -719,6 +758,7 @@ def log_prob(v, x1, path=None, divergence="exact", probes=1, differentiable=Fals
     keywords: as in odeint. The log-determinant is held to the tolerances as a block of its own.
     Raises ValueError for bad arguments, SolverError as odeint does.
     """
+    _check_path(path or OTPath())
     _check_batch("x1", x1)
     _check_cond(cond, x1)
     if divergence not in ("exact", "hutchinson"):
@@ -726,6 +766,8 @@ def log_prob(v, x1, path=None, divergence="exact", probes=1, differentiable=Fals
     if not isinstance(probes, int) or probes < 1 or (divergence == "exact" and probes != 1):
         raise ValueError(f"probes must be a whole number >= 1, and goes with divergence='hutchinson'; got {probes!r}")
     (B, *dims), d, wide = x1.shape, x1[0].numel(), _wide(x1.dtype)
+    with torch.inference_mode(False):  # whose tensors cannot be differentiated, silently
+        x1, cond = x1.clone(), {name: c.clone() for name, c in cond.items()}
     if divergence == "exact":
         eps = torch.eye(d, dtype=x1.dtype, device=x1.device).view(d, 1, *dims)  # (d, 1, *dims): tr = sum_j e_j^T J e_j
     else:  # Departure: the paper names no law; Rademacher signs have the least variance
@@ -735,11 +777,11 @@ def log_prob(v, x1, path=None, divergence="exact", probes=1, differentiable=Fals
         x = z[:, :d].view(-1, *dims).to(x1.dtype)
         rows = eps if _eps is None else _eps.movedim(1, 0)  # a sample's probes have stayed with it
         v_t, div_t = _divergence(v, t, x, rows, divergence == "exact", differentiable, cond)
-        return torch.cat([v_t.reshape(len(z), d), -div_t], 1).to(wide)
+        return torch.cat([v_t.reshape(len(z), d).to(wide), -div_t], 1)
 
     t0, t1 = path.t_span if path else (0.0, 1.0)
     # Attention's fused kernels have no double backward, and their backward no batching rule: take the plain product.
-    with torch.set_grad_enabled(differentiable), sdpa_kernel(SDPBackend.MATH):
+    with torch.inference_mode(False), torch.set_grad_enabled(differentiable), sdpa_kernel(SDPBackend.MATH):
         z1 = torch.cat([x1.reshape(B, d), x1.new_zeros(B, probes)], 1).to(wide)
         zs, nfe, _, _ = _solve(f, z1, (t1, t0), method, steps, rtol, atol, max_nfe, d, cond)
         x0, f0 = zs[-1, :, :d], zs[-1, :, d:]
@@ -761,26 +803,32 @@ def _divergence(v, t, x, rows, summed, differentiable, cond):
         v_t = v(t, x, **cond)
         if v_t.shape != x.shape:
             raise ValueError(f"v must return the shape of x, {tuple(x.shape)}; got {tuple(v_t.shape)}")
-        parts, products = rows.split(max(1, 2**22 // x.numel())), []
-        for i, e in enumerate(parts, 1):
+        products = []
+        for e in rows.split(max(1, 2**22 // x.numel())):
             e = e.expand(-1, *x.shape)
-            keep = {"allow_unused": True, "create_graph": differentiable, "retain_graph": differentiable or i < len(parts)}
-            if not v_t.requires_grad:
-                (g,) = (None,)
-            elif len(e) == 1:
-                (g,) = torch.autograd.grad(v_t, x, e[0], **keep)
-            else:
-                (g,) = torch.autograd.grad(v_t, x, e, is_grads_batched=True, **keep)
-            g = torch.zeros_like(e) if g is None else g  # a field that ignores x
-            product = (e * g).reshape(len(e), len(x), -1)
-            products.append(product.sum((0, 2))[None] if summed else product.sum(2))
+            product = (e * _vjps(v_t, x, e, differentiable)).reshape(len(e), len(x), -1)
+            products.append(product.sum((0, 2), dtype=_wide(x.dtype))[None] if summed else product.sum(2, dtype=_wide(x.dtype)))
         div_t = torch.cat(products).T
     div_t = div_t.sum(1, keepdim=True) if summed else div_t
     return (v_t, div_t) if differentiable else (v_t.detach(), div_t.detach())
 
 
+def _vjps(v_t, x, rows, create_graph):
+    """rows^T dv/dx, (P, B, *dims); 0 for a field that ignores x."""
+    if not v_t.requires_grad:
+        return torch.zeros_like(rows)
+    vjp = functools.partial(torch.autograd.grad, v_t, x, retain_graph=True, create_graph=create_graph, allow_unused=True)
+    if len(rows) > 1:
+        try:
+            (g,) = vjp(rows, is_grads_batched=True)
+            return torch.zeros_like(rows) if g is None else g
+        except RuntimeError:  # something in the network has no batching rule, or it is compiled: row by row
+            pass
+    return torch.stack([torch.zeros_like(row) if g is None else g for row in rows for g in vjp(row)])
+
+
 class BitsPerDim(NamedTuple):
-    """bpd: (B,) bits per dimension; std_err: (B,) of it over the Hutchinson probes; nfe: (B,) over all K solves."""
+    """bpd: (B,) bits per dimension; std_err: (B,) of it over the Hutchinson probes, NaN for one; nfe: (B,) over all K solves."""
 
     bpd: Tensor
     std_err: Tensor
