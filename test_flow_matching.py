@@ -704,6 +704,7 @@ def test_log_prob_works_on_any_shape_in_chunks_and_for_constant_fields():
     assert log_prob(lambda t, x: 0.3 * x, torch.randn(4)).log_prob.shape == (4,)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile's own
 def test_log_prob_under_inference_mode_autocast_and_torch_compile():
     net, x1 = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2)), torch.randn(6, 2)
     v = lambda t, x, y: net(torch.cat([x, t[:, None] * y[:, None]], 1))
