@@ -603,23 +603,37 @@ def _tensors(tableau, x):
     return C[:, None], A, A.pop() if tableau.E else None
 
 
-def _combine(a, ks, x):
-    """x + sum_j a[j] ks[j], all flat: a matrix-vector product, whose rounding does not depend on the batch."""
-    return torch.addmv(x, torch.stack(ks).T, a)
+def _workspace(x, stages):
+    """Views of one buffer for h times the slopes: each in the shape of x (B, *dims), and the first i as columns (B d, i).
+
+    None with gradients, which a buffer that is written again would spoil.
+    """
+    if torch.is_grad_enabled():
+        return None, None
+    K = x.new_empty(stages, x.numel())
+    return [row.view(x.shape) for row in K], [K[:i].T for i in range(1, stages + 1)]
 
 
-def _rk_step(f, C, A, t, t_new, x, k, cond):
-    """x at t_new, h times all slopes (flat), and the last slope of one explicit Runge-Kutta step; k = f(t, x)."""
-    shape, x = x.shape, x.reshape(-1)
+def _rk_step(f, C, A, t, t_new, x, k, cond, workspace):
+    """x at t_new, h times all slopes (B d, stages), and the last slope of one explicit Runge-Kutta step; k = f(t, x)."""
+    shape, x, (rows, columns), hks = x.shape, x.reshape(-1), workspace, []
     T = torch.lerp(t, t_new, C).unbind()  # never leaves [t, t_new], and ends on it exactly
     h = (t_new - t).view(-1, *(1,) * (len(shape) - 1))
-    hks = [(h * k).reshape(-1)]
+
+    def slopes(k):
+        if rows is None:
+            hks.append((h * k).reshape(-1))
+            return torch.stack(hks).T
+        hks.append(torch.mul(h, k, out=rows[len(hks)]))
+        return columns[len(hks) - 1]
+
+    K = slopes(k)
     for i, a in enumerate(A, 1):
-        x_i = _combine(a, hks, x).view(shape)
+        x_i = torch.addmv(x, K, a).view(shape)  # a matrix-vector product: its rounding does not depend on the batch
         if i < len(T):
             k = f(T[i], x_i, **cond)
-            hks.append((h * k).reshape(-1))
-    return x_i, hks, k
+            K = slopes(k)
+    return x_i, K, k
 
 
 def _fixed_steps(f, x, t, tableau, steps, cond):
@@ -631,11 +645,11 @@ def _fixed_steps(f, x, t, tableau, steps, cond):
         i = longest[0][1]
         counts[i] += 1
         heapq.heapreplace(longest, (-abs(t[i + 1] - t[i]) / counts[i], i))
-    xs, nfe = [x], 0
+    xs, nfe, space = [x], 0, _workspace(x, len(C))
     for a, b, n in zip(t, t[1:], counts):
         for j in range(n):
             s, s_new = (x.new_full((len(x),), a + (b - a) * m / n if m < n else b) for m in (j, j + 1))
-            x_new, _, _ = _rk_step(f, C, A, s, s_new, x, f(s, x, **cond), cond)
+            x_new, _, _ = _rk_step(f, C, A, s, s_new, x, f(s, x, **cond), cond, space)
             nfe += len(C)
             if not x_new.isfinite().all():
                 i = _first(~x_new.isfinite())
@@ -679,6 +693,7 @@ def _dopri5(f, x, t, rtol, atol, max_nfe, split, cond):
         fail(_first(~k.isfinite()), "v is not finite at the start; look at its weights and at x")
     with torch.no_grad():
         h = _first_step(f, t, x, k, grid[1] - grid[0], rtol, atol, norm, cond)
+    space = _workspace(x, 7)
     while True:
         if calls + 6 > max_nfe:
             fail(0, f"max_nfe = {max_nfe} is spent; loosen rtol and atol, raise max_nfe, or see whether v is stiff")
@@ -686,11 +701,11 @@ def _dopri5(f, x, t, rtol, atol, max_nfe, split, cond):
         left = to_go / h  # steps; the last two are made equal
         hit = left <= 1.01
         t_new = torch.where(hit, t_end, t + torch.where(left < 2, to_go / 2, h))
-        x_new, hks, k_new = _rk_step(f, C, A, t, t_new, x, k, cond)
+        x_new, K, k_new = _rk_step(f, C, A, t, t_new, x, k, cond, space)
         calls += 6
         with torch.no_grad():
             scale = torch.maximum(x.abs(), x_new.abs()) * rtol + atol
-            error = norm(torch.mv(torch.stack(hks).T, E).view(scale.shape) / scale)
+            error = norm(torch.mv(K, E).view(x.shape) / scale)
             step, h_old = t_new - t, h
             ok = (error <= 1) & (step != 0)  # False also where error is not a number
             h = step * (0.9 * torch.exp(-0.2 * torch.log(error))).clamp(0.2, 3)
@@ -717,6 +732,7 @@ def _dopri5(f, x, t, rtol, atol, max_nfe, split, cond):
             if len(go_on) < len(row):
                 t, h, x, k, row, leg = (s.index_select(0, go_on) for s in (t, h, x, k, row, leg))
                 cond = {name: c.index_select(0, go_on) for name, c in cond.items()}
+                space = _workspace(x, 7)
             t_end = grid[leg]
 
 
@@ -803,28 +819,30 @@ def _divergence(v, t, x, rows, summed, differentiable, cond):
         v_t = v(t, x, **cond)
         if v_t.shape != x.shape:
             raise ValueError(f"v must return the shape of x, {tuple(x.shape)}; got {tuple(v_t.shape)}")
-        products = []
-        for e in rows.split(max(1, 2**22 // x.numel())):
+        parts, products = rows.split(max(1, 2**22 // x.numel())), []
+        for i, e in enumerate(parts, 1):
             e = e.expand(-1, *x.shape)
-            product = (e * _vjps(v_t, x, e, differentiable)).reshape(len(e), len(x), -1)
+            product = (e * _vjps(v_t, x, e, differentiable, i < len(parts))).reshape(len(e), len(x), -1)
             products.append(product.sum((0, 2), dtype=_wide(x.dtype))[None] if summed else product.sum(2, dtype=_wide(x.dtype)))
         div_t = torch.cat(products).T
     div_t = div_t.sum(1, keepdim=True) if summed else div_t
     return (v_t, div_t) if differentiable else (v_t.detach(), div_t.detach())
 
 
-def _vjps(v_t, x, rows, create_graph):
+def _vjps(v_t, x, rows, create_graph, more=False):
     """rows^T dv/dx, (P, B, *dims); 0 for a field that ignores x."""
     if not v_t.requires_grad:
         return torch.zeros_like(rows)
-    vjp = functools.partial(torch.autograd.grad, v_t, x, retain_graph=True, create_graph=create_graph, allow_unused=True)
+    vjp = functools.partial(torch.autograd.grad, v_t, x, retain_graph=create_graph or more or len(rows) > 1,
+                            create_graph=create_graph, allow_unused=True)  # fmt: skip
     if len(rows) > 1:
         try:
             (g,) = vjp(rows, is_grads_batched=True)
             return torch.zeros_like(rows) if g is None else g
         except RuntimeError:  # something in the network has no batching rule, or it is compiled: row by row
             pass
-    return torch.stack([torch.zeros_like(row) if g is None else g for row in rows for g in vjp(row)])
+    gs = [torch.zeros_like(row) if g is None else g for row in rows for g in vjp(row)]
+    return torch.stack(gs) if len(gs) > 1 else gs[0][None]
 
 
 class BitsPerDim(NamedTuple):
