@@ -2,11 +2,16 @@
 
 Run with: python -m pytest -q test_flow_matching.py
 """
+import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
+import pickle
 import re
+import signal
+import socket
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -16,13 +21,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flow_matching as fm
+import train_cifar
 from flow_matching import (AffinePath, Attention, ConditionalFlow, CosinePath, GaussianPath, Marginal, OTPath, ResBlock, SolverError,
                            UNet, Upsample, VEPath, VPPath, bits_per_dim, cfm_loss, log_prob, odeint, sample)  # fmt: skip
 
@@ -1278,7 +1285,6 @@ def test_train_toy_from_the_command_line(tmp_path):
 
 def test_toy_data_densities_and_fields_are_exact(tmp_path):
     import train_toy
-    from PIL import Image
 
     Image.fromarray(np.kron(np.array([[0, 255], [255, 0]], dtype=np.uint8), np.ones((6, 6), dtype=np.uint8))).save(tmp_path / "two.png")
     for name in ("checkerboard", "moons", "8gaussians", "spirals", "rings", str(tmp_path / "two.png")):
@@ -1319,3 +1325,537 @@ def test_train_toy_refuses_bad_command_lines(line, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert e.value.code == 2 and BAD_TOY[line] in error.splitlines()[-1] and "Traceback" not in error
     assert before == sorted((p.name, p.stat().st_mtime_ns) for p in HERE.iterdir() if p.is_file())
+
+
+# ---- train_cifar.py on a tiny network --------------------------------------------------------------------------------
+
+NET = "--size 8 --channels 12 --channel-mult 1,1 --head-channels 12 --blocks 1 --attention 4".split()
+TINY = [*NET, *"--batch 8 --warmup 2 --lr 1e-3 --every 2,3,100 --solver euler:2".split()]
+
+
+def paint(folder, n, start=0):
+    """n random photos of odd sizes, in two subfolders."""
+    for i in range(start, start + n):
+        g = torch.Generator().manual_seed(i)
+        path = folder / "ab"[i % 2] / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(torch.randint(256, (9 + i % 3, 11, 3), dtype=torch.uint8, generator=g).numpy()).save(path)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    paint(folder / "train", 20)
+    paint(folder / "test", 6, 100)
+    return folder
+
+
+@pytest.fixture
+def cifar(photos, tmp_path, monkeypatch, capsys):
+    """cifar("--steps 3") trains the tiny network in tmp_path/run and gives exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def cifar(flags="", out="run", new=True):
+        argv = ["--out", str(tmp_path / out), *([*TINY, "--data", str(photos / "train")] if new else []), *flags.split()]
+        try:
+            code = train_cifar.main(argv)
+        except SystemExit as e:
+            code = e.code
+        return code, *capsys.readouterr()
+
+    return cifar
+
+
+def read(folder, name="checkpoint.pt"):
+    return torch.load(folder / name, weights_only=True)
+
+
+def assert_same(a, b):
+    """Equal bit for bit, whatever the nesting."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for k in a:
+            assert_same(a[k], b[k])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def assert_same_run(a, b):
+    for part in ("step", "net", "ema", "optimizer", "sums", "log_bytes", "config"):
+        assert_same(read(a)[part], read(b)[part])
+    assert (a / "log.jsonl").read_bytes() == (b / "log.jsonl").read_bytes()
+
+
+# A fork server that has imported torch once: processes to kill, starve and pair for the price of a fork.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["torch.distributed", "torch.optim.swa_utils", "PIL.Image", "pytest", "torch._dynamo"])
+
+
+def child(argv, env, cwd, trick, stderr):
+    """A process of its own: applies a trick by name, runs main, exits with its code."""
+    os.environ.update(env)
+    os.chdir(cwd)
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    os.dup2(2, 1)
+    tricks[trick]() if trick else None
+    raise SystemExit(train_cifar.main(argv))
+
+
+def kill_in_write():
+    """SIGKILL when the second checkpoint is half written."""
+    save, calls = torch.save, []
+
+    def half(state, f):
+        calls.append(1)
+        if len(calls) == 2:
+            f.write(b"PK half a checkpoint")
+            f.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(state, f)
+
+    torch.save = half
+
+
+def kill_in_rename():
+    """SIGKILL after checkpoint.pt became the previous one and before the new one takes its place."""
+    replace = os.replace
+
+    def stop(a, b):
+        replace(a, b)
+        if str(b).endswith("prev.pt"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = stop
+
+
+def fill_disk():
+    """The first checkpoint fits, the second meets a full disk."""
+    save = torch.save
+
+    def starve(state, f):
+        save(state, f)
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+    torch.save = starve
+
+
+def signal_at_step(number):
+    report = train_cifar.report
+
+    def press(s, step, *args):
+        if step == 4:
+            os.kill(os.getpid(), number)
+        return report(s, step, *args)
+
+    train_cifar.report = press
+
+
+tricks = dict(kill_in_write=kill_in_write, kill_in_rename=kill_in_rename, fill_disk=fill_disk,
+              sigterm=lambda: signal_at_step(signal.SIGTERM), sigint=lambda: signal_at_step(signal.SIGINT))  # fmt: skip
+
+
+@pytest.fixture
+def fork(photos, tmp_path):
+    """fork("--steps 3", trick) runs train_cifar in processes; gives exit codes and what they printed."""
+
+    def fork(flags, trick=None, world=1, out="run"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        argv = ["--out", str(tmp_path / out), *TINY, "--data", str(photos / "train"), *flags.split()]
+        processes = []
+        for rank in range(world):
+            env = dict(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port) if world > 1 else {}
+            processes.append(FORK.Process(target=child, args=(argv, env, str(tmp_path), trick, f"{tmp_path}/text{rank}")))
+            processes[-1].start()
+        for p in processes:
+            p.join(60)
+            p.kill()
+        return [p.exitcode for p in processes], "".join((tmp_path / f"text{rank}").read_text() for rank in range(world))
+
+    return fork
+
+
+# ---- train_cifar.py: nothing is lost ---------------------------------------------------------------------------------
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(cifar, tmp_path):
+    flags = "--dropout 0.2 --conditional --steps "
+    assert cifar(flags + "9", out="whole")[0] == 0
+    assert cifar(flags + "5", out="parts")[0] == 0
+    code, text, _ = cifar("--steps 9", out="parts", new=False)  # the rest of the settings comes from the checkpoint
+    assert code == 0 and "--steps was 5 and is 9" in text
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    assert {"images", "loss", "loss_by_t", "grad_norm", "lr", "world_size"} <= lines[0].keys()
+    assert len(lines[0]["loss_by_t"]) == 10 and lines[-1]["images"] == 64
+
+
+@pytest.mark.parametrize("trick, code", [("sigterm", 143), ("sigint", 130)])
+def test_signals_save_and_exit_cleanly(cifar, fork, tmp_path, trick, code):
+    (got,), text = fork("--steps 7", trick)
+    assert got == code and "Traceback" not in text and "saved at step 5" in text and read(tmp_path / "run")["step"] == 5
+    assert cifar("--steps 7")[0] == 0 and cifar("--steps 7", out="whole")[0] == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("trick", ["kill_in_write", "kill_in_rename"])
+def test_killed_while_saving_resumes_from_the_last_complete_checkpoint(cifar, fork, tmp_path, trick):
+    (code,), _ = fork("--steps 9", trick)
+    assert code == -signal.SIGKILL and read(tmp_path / "run", "checkpoint.pt" if "write" in trick else "checkpoint.prev.pt")["step"] == 3
+    code, text, _ = cifar("--steps 9")
+    assert code == 0 and "from step 3" in text and cifar("--steps 9", out="whole")[0] == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*.part"))
+
+
+def test_full_disk_ends_with_a_message_and_leaves_the_last_checkpoint(cifar, fork, tmp_path):
+    (code,), text = fork("--steps 9", "fill_disk")
+    assert code == 1 and "Traceback" not in text and "step 6 cannot be saved" in text and "too large" in text
+    assert read(tmp_path / "run")["step"] == 3 and not list((tmp_path / "run").glob("*.part"))
+    assert cifar("--steps 9")[0] == 0
+
+
+def test_unusable_checkpoints_are_named_and_the_previous_one_is_used(cifar, tmp_path):
+    assert cifar("--steps 7")[0] == 0
+    folder, good = tmp_path / "run", (tmp_path / "run" / "checkpoint.prev.pt").read_bytes()
+    assert read(folder, "checkpoint.prev.pt")["step"] == 6
+    whole = (folder / "checkpoint.pt").read_bytes()
+    torch.save({"net_model": {}, "step": 3}, tmp_path / "foreign.pt")
+    torch.save(dict(read(folder), version=2), tmp_path / "future.pt")
+    for bad, words in ((whole[:-700], "cut short"), ((tmp_path / "foreign.pt").read_bytes(), "no checkpoint of train_cifar"),
+                       ((tmp_path / "future.pt").read_bytes(), "version 2"), (b"", "cut short")):  # fmt: skip
+        (folder / "checkpoint.pt").write_bytes(bad)
+        (folder / "checkpoint.prev.pt").write_bytes(good)
+        code, text, err = cifar("--steps 7")
+        assert code == 0 and words in err and "from step 6" in text
+        assert read(folder)["step"] == 7 and (folder / "checkpoint.unusable").read_bytes() == bad
+    (folder / "checkpoint.pt").write_bytes(b"x")
+    (folder / "checkpoint.prev.pt").write_bytes(b"y")
+    code, _, err = cifar("--steps 7")
+    assert code == 2 and "not usable" in err and (folder / "checkpoint.pt").read_bytes() == b"x"
+
+
+def test_nonfinite_loss_stops_before_the_weights_are_harmed(cifar, tmp_path, monkeypatch):
+    assert cifar("--steps 4", out="good")[0] == 0
+    loss, calls = train_cifar.cfm_loss, []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        return loss(*args, **kwargs) * (math.nan if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(train_cifar, "cfm_loss", broken)
+    code, _, err = cifar("--steps 9")
+    assert code == 1 and "step 4: loss nan" in err and "--lr" in err and err.count("\n") == 1
+    for part in ("net", "ema", "optimizer"):
+        assert_same(read(tmp_path / "run")[part], read(tmp_path / "good")[part])
+
+
+# ---- train_cifar.py: one batch, however it is split ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world, flags", [(2, ""), (1, " --accumulate 4")])
+def test_ranks_and_pieces_give_the_parameters_of_the_whole_batch(cifar, fork, tmp_path, world, flags):
+    assert cifar("--dropout 0 --steps 5", out="whole")[0] == 0
+    codes, text = fork("--dropout 0 --steps 5" + flags, world=world)
+    assert codes == [0] * world, text
+    a, b = read(tmp_path / "whole"), read(tmp_path / "run")
+    torch.manual_seed(0)
+    first = UNet(**a["network"]).state_dict()
+    assert max((a["net"][k] - first[k]).abs().max() for k in first) > 1e-3  # else the next line would say nothing
+    for part in ("net", "ema"):
+        assert_close(a[part], b[part], rtol=0, atol=1e-5)
+    logs = [json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1]) for name in ("whole", "run")]
+    assert logs[1].pop("world_size") == world and logs[0].pop("world_size") == 1
+    for k in logs[0]:
+        assert_close(logs[0][k], logs[1][k], rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_differs_by_step_and_seed_and_not_by_run(cifar, monkeypatch):
+    seeds, report = [], train_cifar.report
+    monkeypatch.setattr(train_cifar, "report", lambda *args: seeds.append(torch.initial_seed()) or report(*args))
+    assert cifar("--steps 5", out="one")[0] == cifar("--steps 5", out="two")[0] == cifar("--steps 5 --seed 1", out="three")[0] == 0
+    assert len(set(seeds)) == 10 and seeds[:5] == seeds[5:10]
+
+
+def test_every_image_once_an_epoch_and_fresh_noise_every_step():
+    s = train_cifar.Namespace(batch=4, size=2, rank=0, world=1, device=torch.device("cpu"), seed=1, flip=True, conditional=False,
+                              superres=None, classes=None)  # fmt: skip
+    images = torch.arange(12, dtype=torch.uint8).reshape(12, 1, 1, 1).expand(12, 2, 2, 3).contiguous(), torch.zeros(12).long()
+    batches = [train_cifar.draw(s, images, train_cifar.OTPath(), step) for step in range(6)]
+    seen = [[int(x.item()) for x in ((b["x1"][:, 0, 0, 0] + 1) * 128).floor()] for b in batches]
+    assert sorted(sum(seen[:3], [])) == sorted(sum(seen[3:], [])) == list(range(12)) and seen[:3] != seen[3:]
+    assert len({b["x0"].sum().item() for b in batches}) == len({b["t"].sum().item() for b in batches}) == 6
+    for b in batches:  # one time in every quarter, dequantisation noise in [0, 1)
+        assert sorted((4 * b["t"]).long().tolist()) == [0, 1, 2, 3]
+        u = ((b["x1"] + 1) * 128) % 1
+        assert u.std() > 0.2
+    half = [train_cifar.draw(train_cifar.Namespace(**{**vars(s), "rank": r, "world": 2}), images, train_cifar.OTPath(), 3) for r in (0, 1)]
+    for k in batches[3]:
+        assert_close(torch.stack([half[0][k], half[1][k]], 1).flatten(0, 1), batches[3][k], rtol=0, atol=0)
+    mirrored = train_cifar.draw(s, (torch.tensor([[[0, 255], [0, 255]]] * 12, dtype=torch.uint8)[..., None].expand(12, 2, 2, 3), images[1]),
+                                train_cifar.OTPath(), 0)["x1"]  # fmt: skip
+    assert {True, False} == set((mirrored[:, 0, 0, 0] > 0).tolist())
+
+
+# ---- train_cifar.py: schedule and average ----------------------------------------------------------------------------
+
+
+def test_rate_is_the_papers_and_never_zero():
+    for recipe in (train_cifar.PAPER, train_cifar.MODERN):
+        s = train_cifar.Namespace(**recipe)
+        assert 0 < train_cifar.rate(s, 0) <= 2 * s.lr / s.warmup and train_cifar.rate(s, s.warmup - 1) == pytest.approx(s.lr)
+        assert max(train_cifar.rate(s, step) for step in range(0, s.steps, 999)) <= s.lr
+    s = train_cifar.Namespace(**train_cifar.PAPER)
+    assert train_cifar.rate(s, 0) == pytest.approx(1e-8, rel=1.2)  # App. E: from 1e-8 ...
+    assert train_cifar.rate(s, s.steps - 1) == 1e-8  # ... and back to 1e-8 at the last step
+    down = [train_cifar.rate(s, step) for step in (45_000, 145_000, 245_000, 345_000)]
+    assert down[0] - down[1] == pytest.approx(down[1] - down[2]) == pytest.approx(down[2] - down[3])
+    assert train_cifar.rate(train_cifar.Namespace(**train_cifar.MODERN), 399_999) == 2e-4
+
+
+def test_recipes_are_table_3_and_torchcfm():
+    for flags, want in ("", (128, 2e-4, 5000, "none", 128, 1.0, 0.9999, 0.1, True)), ("--recipe paper", (256, 5e-4, 45_000, "linear", 256, 0, 0, 0, False)):
+        s, _ = train_cifar.settle([*flags.split(), "--out", "nowhere"], 1)
+        assert (s.channels, s.lr, s.warmup, s.decay, s.batch, s.clip, s.ema, s.dropout, s.flip) == want
+    s, _ = train_cifar.settle("--recipe paper --lr 1e-4 --out nowhere".split(), 1)
+    assert (s.lr, s.channels) == (1e-4, 256)
+
+
+@pytest.mark.parametrize("decay", [0.9999, 0.5, 0.0])
+def test_average_warms_up_as_its_closed_form_says(decay):
+    net = torch.nn.Linear(1, 1, bias=False).double()
+    ema = train_cifar.averaged(net, decay)
+    w = torch.linspace(1, 3, 30, dtype=torch.float64)
+    for x in w:
+        net.weight.data.fill_(x)
+        ema.update_parameters(net)
+    d = [min(decay, (1 + n) / (10 + n)) for n in range(30)]  # e_n = prod d w_0 + sum_i (1 - d_i) prod_{j > i} d_j w_i
+    weights = [(1 - d[i] if i else 1) * math.prod(d[i + 1 :]) for i in range(30)]
+    assert sum(weights) == pytest.approx(1) and ema.module.weight.item() == pytest.approx(sum(a * x.item() for a, x in zip(weights, w)))
+    if decay == 0:
+        assert ema.module.weight.item() == 3
+
+
+# ---- train_cifar.py: data --------------------------------------------------------------------------------------------
+
+
+def test_folder_cache_holds_the_squares_and_follows_the_folder(cifar, tmp_path):
+    folder = tmp_path / "mine"
+    paint(folder, 9)
+    wide = torch.zeros(16, 40, 3, dtype=torch.uint8)
+    wide[:, 12:28] = torch.arange(256, dtype=torch.uint8).reshape(16, 16, 1)
+    Image.fromarray(wide.numpy()).save(folder / "z.PNG")
+    cifar(f"--data {folder} --steps 1")
+    (cache,) = (tmp_path / "run").glob("data-*.u8")
+    pixels = torch.frombuffer(bytearray(cache.read_bytes()), dtype=torch.uint8).reshape(10, 8, 8, 3)
+    boxes = wide[:, 12:28, 0].double().reshape(8, 2, 8, 2).mean((1, 3))
+    assert (pixels[9, :, :, 0] - boxes).abs().max() <= 0.5  # the central square, averaged 2 x 2
+    paint(folder, 1, start=50)
+    code, text, _ = cifar(f"--data {folder} --steps 2")
+    assert code == 0 and "reading 11 images" in text and not cache.exists()
+    assert "reading" not in cifar(f"--data {folder} --steps 3")[1]
+    (folder / "a" / "004.png").write_bytes((folder / "a" / "004.png").read_bytes()[:60])
+    code, _, err = cifar(f"--data {folder} --steps 4")
+    assert code == 2 and "004.png cannot be read" in err and err.count("\n") == 1
+
+
+def write_cifar(root):
+    """A tiny CIFAR-10 in the format of the real one; returns its images, (N, 32, 32, 3), and labels by file."""
+    folder, files, g = root / "cifar-10-batches-py", {}, torch.Generator().manual_seed(0)
+    folder.mkdir(parents=True)
+    names = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        planes, labels = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8, generator=g), [3, 1, 4, 9]
+        content = dict(batch_label=name, labels=labels, data=planes.flatten(1).numpy(), filenames=["x.png"] * 4)
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+        files[name] = planes.permute(0, 2, 3, 1), labels
+    (folder / "batches.meta").write_bytes(pickle.dumps(dict(label_names=names, num_vis=3072), protocol=2))
+    return files
+
+
+def test_cifar10_files_are_read(cifar, tmp_path, monkeypatch):
+    cifar10 = pytest.importorskip("torchvision.datasets").CIFAR10
+    files = write_cifar(tmp_path / "data")
+    md5 = lambda name: hashlib.md5((tmp_path / "data" / "cifar-10-batches-py" / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(cifar10, "train_list", [[f"data_batch_{i}", md5(f"data_batch_{i}")] for i in range(1, 6)])
+    monkeypatch.setattr(cifar10, "test_list", [["test_batch", md5("test_batch")]])
+    monkeypatch.setattr(cifar10, "meta", {**cifar10.meta, "md5": md5("batches.meta")})
+    s = train_cifar.Namespace(data="cifar10", test=None, rank=0, world=1, device=torch.device("cpu"), conditional=True, classes=None)
+    pixels, labels = train_cifar.load_images(s, "data")
+    assert_close(pixels, torch.cat([files[f"data_batch_{i}"][0] for i in range(1, 6)]))
+    pixels, held_out = train_cifar.load_images(s, "test")
+    assert_close(pixels, files["test_batch"][0])
+    assert [s.classes[i] for i in held_out] == ["cat", "automobile", "deer", "truck"] == [s.classes[i] for i in labels[:4]]
+    flags = "--channels 12 --channel-mult 1,1,1,1 --head-channels 12 --blocks 1 --attention 4 --batch 8 --steps 2 --solver euler:1"
+    assert cifar(flags + " --data cifar10", new=False)[0] == 0
+    code, text, err = cifar("--bpd 4 --solver euler:2", new=False)
+    assert code == 0 and "bits per dimension" in text
+
+
+# ---- train_cifar.py: sampling and evaluation -------------------------------------------------------------------------
+
+
+def test_samples_are_numbered_resumable_and_independent_of_the_batch(cifar, photos, tmp_path):
+    assert cifar("--steps 3 --conditional --every 2,3,3")[0] == 0
+    picture = Image.open(tmp_path / "run" / "samples" / "step_3.png")
+    assert picture.size[0] >= 64 and picture.size[1] > 64
+    code, text, _ = cifar("--sample 5 --solver rk4:8", new=False)
+    assert code == 0 and "NFE 8.0" in text
+    (folder,) = [p for p in (tmp_path / "run" / "samples").iterdir() if p.is_dir()]
+    files = sorted(folder.iterdir())
+    assert [f.name for f in files] == [f"{i:06d}.png" for i in range(5)] and Image.open(files[0]).size == (8, 8)
+    before = {f: f.read_bytes() for f in files}
+    files[2].unlink()
+    stamp = files[1].stat().st_mtime_ns
+    code, text, _ = cifar("--sample 7 --solver rk4:8 --batch 1", new=False)
+    assert code == 0 and "3 new" in text and files[1].stat().st_mtime_ns == stamp and len(list(folder.iterdir())) == 7
+    assert files[2].read_bytes() == before[files[2]] and len(set(before.values())) == 5
+    code, text, _ = cifar("--sample 2 --guidance 2 --solver euler:3", new=False)
+    assert code == 0 and "NFE 6.0" in text and {f: f.read_bytes() for f in files} == before
+    assert cifar("--sample 2", new=False)[0] == 0  # dopri5
+
+
+def test_pixels_invert_the_training_scale():
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(1, 16, 16, 3)
+    for u in (0.0, 0.5, 0.999):
+        assert torch.equal(train_cifar.to_pixels(((pixels + u) / 128 - 1).permute(0, 3, 1, 2)), pixels)
+    assert train_cifar.to_pixels(torch.tensor([-9.0, 9.0]).reshape(1, 1, 1, 2)).flatten().tolist() == [0, 255]
+
+
+def test_bpd_of_the_zero_field_is_the_gaussians(cifar, photos, tmp_path, monkeypatch):
+    assert cifar("--steps 1 --warmup 0 --conditional")[0] == 0
+    monkeypatch.setattr(UNet, "forward", lambda self, t, x, y=None, cond=None: 0 * x)
+    flags = f"--bpd 6 --test {photos / 'test'} --solver euler:1 "
+    outputs = [cifar(flags + more, new=False)[1] for more in ("", "--batch 6", "--probes 0 --batch 6", "--K 40")]
+    x = torch.cat([torch.frombuffer(bytearray(f.read_bytes()), dtype=torch.uint8) for f in (tmp_path / "run").glob("test-*.u8")])
+    x = (x.reshape(6, -1).double() + 0.5) / 128 - 1  # -log2 N(x; 0, 1) + 7, the noise moves it by less than 0.01
+    exact = ((x.square() + math.log(2 * math.pi)) / 2).mean(1) / math.log(2) + 7
+    for text in outputs:
+        mean, _, error, *_ = text.splitlines()[-1].split()
+        assert float(mean) == pytest.approx(exact.mean().item(), abs=0.01)
+        assert float(error) == pytest.approx((exact.std() / 6**0.5).item(), abs=0.002)
+    for words in ("Hutchinson probes: 1", "K = 1", "euler:1", "6 held-out", "uniform dequantisation", "NFE 1.0"):
+        assert words in outputs[0]
+    assert "exact trace" in outputs[2] and outputs[1].splitlines()[-1].split()[0] == outputs[2].splitlines()[-1].split()[0]
+
+
+def test_superres_sees_the_low_resolution_and_saves_pairs(cifar, photos, tmp_path):
+    code, text, _ = cifar(f"--superres 4 --steps 3 --every 2,3,3 --test {photos / 'test'} --path vp")
+    assert code == 0 and "low, model, truth (held-out): PSNR" in text
+    s = train_cifar.Namespace(conditional=False, superres=4)
+    pixels = torch.full((2, 8, 8, 3), 77, dtype=torch.uint8)
+    pixels[1, :4], pixels[1, 4:] = 10, 200
+    low = (train_cifar.conditions(s, pixels, None)["cond"] + 1) * 128 - 0.5
+    assert low.shape == (2, 3, 8, 8) and (low[0] - 77).abs().max() < 1e-3 and low[1, :, 0].mean() < 30 < 180 < low[1, :, -1].mean()
+    code, text, _ = cifar("--sample 6 --solver euler:2", new=False)
+    assert code == 0
+    (folder,) = [p for p in (tmp_path / "run" / "samples").iterdir() if p.is_dir()]
+    names = [sorted(f.name for f in (folder / kind).iterdir()) for kind in ("low", "model", "truth")]
+    assert names[0] == names[1] == names[2] == [f"{i:06d}.png" for i in range(6)]
+    load = lambda kind, i: torch.frombuffer(bytearray(Image.open(folder / kind / f"{i:06d}.png").tobytes()), dtype=torch.uint8).double()
+    mse = [(load("model", i) - load("truth", i)).square().mean().item() for i in range(6)]
+    assert f"PSNR {sum(10 * math.log10(255**2 / m) for m in mse) / 6:.2f} dB" in text
+    assert f"{10 * math.log10(255**2 / mse[0]):.3f}" == f"{train_cifar.psnr(load('model', 0)[None], load('truth', 0)[None]).item():.3f}"
+
+
+def test_init_takes_weights_of_torchcfm_and_of_other_runs(cifar, tmp_path):
+    assert cifar("--steps 2", out="one")[0] == 0
+    state = read(tmp_path / "one")
+    torch.save({"net_model": state["net"], "ema_model": {f"module.{k}": w for k, w in state["ema"].items()}, "step": 7}, tmp_path / "theirs.pt")
+    for out, source in ("two", tmp_path / "one" / "checkpoint.pt"), ("three", f"adm:{tmp_path}/theirs.pt"):
+        code, text, err = cifar(f"--init {source} --steps 1 --lr 1e-8 --warmup 0", out=out)
+        assert code == 0, err
+        assert_close(read(tmp_path / out)["net"], state["ema"], rtol=0, atol=2e-8)
+        assert read(tmp_path / out)["network"]["time_scale"] == (1000.0 if out == "two" else 1.0)
+    code, text, _ = cifar(f"--init adm:{tmp_path}/theirs.pt --sample 2", out="four")
+    assert code == 0 and len(list((tmp_path / "four" / "samples").glob("*/*.png"))) == 2
+    assert not (tmp_path / "four" / "checkpoint.pt").exists()
+
+
+# ---- train_cifar.py: refusals ----------------------------------------------------------------------------------------
+
+REFUSED = [  # command line, words of the one line it gets; "@" is a finished run, "%" one of --decay linear
+    ("--batch 0", "--batch: must be at least 1"),
+    ("--batch ten", "--batch"),
+    ("--lr -1", "--lr: must be at least"),
+    ("--lr nan", "--lr: must be at least"),
+    ("--ema 1", "--ema: must be at least 0 and below 1"),
+    ("--dropout 1.5", "--dropout: must be at least 0 and below 1"),
+    ("--clip -1", "--clip: must be at least 0"),
+    ("--channel-mult 1,x", "--channel-mult"),
+    ("--learning-rate 1", "--learning-rate"),
+    ("--chan 8", "--chan"),
+    ("--recipe best", "--recipe"),
+    ("--path straight", "--path"),
+    ("--precision fp8", "--precision"),
+    ("--every 1,2", "--every must be three"),
+    ("--solver heun:3", "--solver: must be dopri5:TOLERANCE"),
+    ("--solver midpoint:3", "midpoint:NFE (by 2)"),
+    ("--solver dopri5:0", "--solver: must be dopri5:TOLERANCE"),
+    ("--accumulate 3", "--batch 8 must be a multiple of 1 ranks x --accumulate 3"),
+    ("--decay linear --warmup 9 --steps 9", "--warmup 9 must be below --steps 9"),
+    ("--superres 3", "--superres 3 must divide --size 8"),
+    ("--superres 1", "--superres: must be at least 2"),
+    ("--size 9 --attention 4", "--size must be"),
+    ("--attention 16", "--attention must"),
+    ("--channels 26 --head-channels 8", "--head-channels must"),
+    ("--data cifar10 --size 8", "--size 8 is not CIFAR-10's 32"),
+    ("--data /nowhere", "--data must be a folder"),
+    ("--test /nowhere", "--test must be a folder"),
+    ("--batch 64", "--batch 64 is more than the 20 images"),
+    ("--guidance 2", "--guidance needs labels: train with --conditional"),
+    ("--sample 3 --bpd 3", "--sample and --bpd are two commands"),
+    ("--sample 3", "holds no checkpoint.pt: train first"),
+    ("--K 5", "--K and --probes go with --bpd N"),
+    ("--init nowhere.pt", "--init nowhere.pt does not exist"),
+    ("--init adm:nowhere.pt", "--init adm:nowhere.pt"),
+    ("--init @/checkpoint.pt --channels 24", "--init"),
+    ("--out @/log.jsonl", "is a file: name a folder"),
+    ("--out @", "--steps 4 are done"),
+    ("--out @ --steps 3", "--steps 3 are done"),
+    ("--out @ --steps 9 --lr 0.1", "--lr 0.1 is not what the run"),
+    ("--out @ --steps 9 --channels 24", "leave it out or name another --out"),
+    ("--out @ --steps 9 --seed 1", "--seed 1 is not what the run"),
+    ("--out @ --steps 9 --recipe paper", "--recipe paper is not what the run"),
+    ("--out @ --sample 3 --path vp", "--path vp is not what the run"),
+    ("--out @ --bpd 3", "--test FOLDER must give the held-out images"),
+    ("--out @ --bpd 3 --guidance 2", "leave it out of --bpd"),
+    ("--out @ --bpd 99 --test TEST", "--bpd 99 is more than the 6 held-out images"),
+    ("--out % --steps 9", "--steps 9 is not what the run"),
+    *([("--device cuda", "--device cuda: torch finds none")] if not torch.cuda.is_available() else []),
+]
+
+
+@pytest.fixture(scope="module")
+def finished(photos, tmp_path_factory):
+    """The folders of two finished runs."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("none", "linear")]
+    for folder in folders:
+        train_cifar.main([*TINY, "--data", str(photos / "train"), "--out", str(folder), "--steps", "4", "--decay", folder.name[:-1]])
+    return folders
+
+
+@pytest.mark.parametrize("flags, words", REFUSED, ids=[flags for flags, _ in REFUSED])
+def test_refused_in_one_line_and_nothing_is_overwritten(cifar, finished, photos, tmp_path, flags, words):
+    before = {f: f.read_bytes() for folder in finished for f in folder.rglob("*") if f.is_file()}
+    given = flags.replace("@", str(finished[0])).replace("%", str(finished[1])).replace("TEST", str(photos / "test"))
+    new = "--sample" not in given and "--bpd" not in given
+    code, _, err = cifar(("" if "--steps" in given or not new else "--steps 4 ") + given, new=new)
+    assert code == 2 and words in err and err.count("\n") == 1 and "Traceback" not in err
+    assert {f: f.read_bytes() for folder in finished for f in folder.rglob("*") if f.is_file() and not f.suffix == ".u8"}.items() <= before.items()
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_help_says_what_to_shrink(cifar):
+    code, text, _ = cifar("--help", new=False)
+    assert code == 0 and "Without a GPU shrink" in text and "(default: 0.0002)" in text
