@@ -58,12 +58,12 @@ def _check_cond(cond, x):
     for name, c in cond.items():
         if not isinstance(c, Tensor) or c.ndim == 0 or len(c) != len(x):
             got = f"shape {tuple(c.shape)}" if isinstance(c, Tensor) else repr(c)
-            raise ValueError(f"{name} is no option here, so it is conditioning for v: a tensor of {len(x)} rows; got {got}")
+            raise ValueError(f"{name} is no option here, so it is conditioning: a tensor of {len(x)} rows; got {got}")
 
 
 def _check_path(path):
     if not isinstance(path, ConditionalFlow):
-        raise ValueError(f"path must be a ConditionalFlow such as OTPath(), an object and not a name or class; got {path!r}")
+        raise ValueError(f"path must be a ConditionalFlow such as OTPath(), no name and no class; got {path!r}")
 
 
 def _check_times(t, x, t_span):
@@ -166,7 +166,7 @@ class AffinePath(GaussianPath):
         return alpha_t * x1, sigma_t, dalpha_t * x1, dsigma_t
 
     def convert(self, t, x, value, source, target):
-        """The target, (B, *dims), that a source value means at x = psi_t(x0): "velocity", "score", "noise" (x0), "data" (x1).
+        """The target that a source value means at x = psi_t(x0), (B, *dims): velocity, score, noise (x0) or data (x1).
 
         x = alpha x1 + sigma x0 and its derivative, solved once; linear, so true of posterior means as well. Eq. (46) is
         "noise" or "score" to "velocity". Raises ValueError where it divides by zero: data to noise or velocity and
@@ -182,7 +182,7 @@ class AffinePath(GaussianPath):
 
         def divisor(d):
             if (d == 0).any():
-                raise ValueError(f"{source} does not tell {target} at t = {t[d == 0][0].item():.6g} of {self!r}: keep t away from it")
+                raise ValueError(f"{source} does not tell {target} at t = {t[d == 0][0].item():.6g} of {self!r}; keep away")
             return d
 
         if source == "velocity":
@@ -199,7 +199,10 @@ class AffinePath(GaussianPath):
         return {"noise": x0, "data": x1}[target] if target != "score" else -x0 / divisor(sigma_t)
 
     def noising(self, t, x):
-        """Drift (B, *dims) and diffusion (B, 1, ...) of the noising SDE dx = f ds + g dw, s = 1 - t, Eq. (38): VP's, VE's."""
+        """Drift f (B, *dims) and diffusion g (B, 1, ...) of the noising SDE dx = f ds + g dw, Eq. (38), s = 1 - t.
+
+        By Eq. (40) the velocity is -(f - g^2 / 2 score).
+        """
         alpha_t, sigma_t, dalpha_t, dsigma_t = self.coefficients(expand(t, x))
         return -dalpha_t / alpha_t * x, (2 * sigma_t * (dalpha_t / alpha_t * sigma_t - dsigma_t)).sqrt()
 
@@ -246,7 +249,7 @@ class VPPath(AffinePath):
 
     def __post_init__(self):
         if not (0 <= self.beta_min <= self.beta_max < math.inf and self.beta_max > 0):
-            raise ValueError(f"VPPath needs 0 <= beta_min <= beta_max, beta_max > 0; got {self.beta_min}, {self.beta_max}")
+            raise ValueError(f"VPPath needs 0 <= beta_min <= beta_max > 0; got {self.beta_min}, {self.beta_max}")
 
     def beta(self, s):
         """beta(s) of App. E.1; s = 1 - t is diffusion time."""
@@ -819,13 +822,12 @@ def _divergence(v, t, x, rows, summed, differentiable, cond):
         v_t = v(t, x, **cond)
         if v_t.shape != x.shape:
             raise ValueError(f"v must return the shape of x, {tuple(x.shape)}; got {tuple(v_t.shape)}")
-        parts, products = rows.split(max(1, 2**22 // x.numel())), []
+        parts, div_t = rows.split(max(1, 2**22 // x.numel())), []
         for i, e in enumerate(parts, 1):
             e = e.expand(-1, *x.shape)
             product = (e * _vjps(v_t, x, e, differentiable, i < len(parts))).reshape(len(e), len(x), -1)
-            products.append(product.sum((0, 2), dtype=_wide(x.dtype))[None] if summed else product.sum(2, dtype=_wide(x.dtype)))
-        div_t = torch.cat(products).T
-    div_t = div_t.sum(1, keepdim=True) if summed else div_t
+            div_t.append(product.sum((0, 2) if summed else 2, dtype=_wide(x.dtype)))
+        div_t = sum(div_t)[:, None] if summed else torch.cat(div_t).T
     return (v_t, div_t) if differentiable else (v_t.detach(), div_t.detach())
 
 
@@ -952,6 +954,7 @@ class UNet(nn.Module):
     attention lists the image sizes, in pixels, that have it; the middle always does. num_classes
     admits labels y (B,), where num_classes itself means no label, as does y=None. cond_channels
     admits an image cond (B, C', H, W) beside x. UNet(**net.config) builds the network again.
+    Levels of 32 channels and less have one channel a group, whose norm takes time and label away again: use 64 or more.
     """
 
     def __init__(self, image_size=32, in_channels=3, out_channels=3, channels=128,

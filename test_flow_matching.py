@@ -1188,7 +1188,7 @@ BAD_CALLS = {
     "ot_coupling shapes": (lambda: fm.ot_coupling(x, x[:2]), "x0 and x1 must"),
     "OTPath sigma_min < 0": (lambda: OTPath(-0.1), "sigma_min must lie in"),
     "OTPath sigma_min 1": (lambda: OTPath(1.0), "sigma_min must lie in"),
-    "VPPath betas": (lambda: VPPath(5.0, 1.0), "0 <= beta_min <= beta_max"),
+    "VPPath betas": (lambda: VPPath(5.0, 1.0), "0 <= beta_min <= beta_max > 0"),
     "VEPath sigmas": (lambda: VEPath(0.0, 1.0), "0 < sigma_min < sigma_max"),
     "Marginal path": (lambda: Marginal(GaussianPath(), x), "path must be affine"),
     "Marginal data": (lambda: Marginal(OTPath(), x[:0]), "data must be"),
@@ -1364,6 +1364,12 @@ def cifar(photos, tmp_path, monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return cifar
+
+
+def image(file):
+    with Image.open(file) as opened:
+        opened.load()
+    return opened
 
 
 def read(folder, name="checkpoint.pt"):
@@ -1707,13 +1713,13 @@ def test_cifar10_files_are_read(cifar, tmp_path, monkeypatch):
 
 def test_samples_are_numbered_resumable_and_independent_of_the_batch(cifar, photos, tmp_path):
     assert cifar("--steps 3 --conditional --every 2,3,3")[0] == 0
-    picture = Image.open(tmp_path / "run" / "samples" / "step_3.png")
+    picture = image(tmp_path / "run" / "samples" / "step_3.png")
     assert picture.size[0] >= 64 and picture.size[1] > 64
     code, text, _ = cifar("--sample 5 --solver rk4:8", new=False)
     assert code == 0 and "NFE 8.0" in text
     (folder,) = [p for p in (tmp_path / "run" / "samples").iterdir() if p.is_dir()]
     files = sorted(folder.iterdir())
-    assert [f.name for f in files] == [f"{i:06d}.png" for i in range(5)] and Image.open(files[0]).size == (8, 8)
+    assert [f.name for f in files] == [f"{i:06d}.png" for i in range(5)] and image(files[0]).size == (8, 8)
     before = {f: f.read_bytes() for f in files}
     files[2].unlink()
     stamp = files[1].stat().st_mtime_ns
@@ -1762,7 +1768,7 @@ def test_superres_sees_the_low_resolution_and_saves_pairs(cifar, photos, tmp_pat
     (folder,) = [p for p in (tmp_path / "run" / "samples").iterdir() if p.is_dir()]
     names = [sorted(f.name for f in (folder / kind).iterdir()) for kind in ("low", "model", "truth")]
     assert names[0] == names[1] == names[2] == [f"{i:06d}.png" for i in range(6)]
-    load = lambda kind, i: torch.frombuffer(bytearray(Image.open(folder / kind / f"{i:06d}.png").tobytes()), dtype=torch.uint8).double()
+    load = lambda kind, i: torch.frombuffer(bytearray(image(folder / kind / f"{i:06d}.png").tobytes()), dtype=torch.uint8).double()
     mse = [(load("model", i) - load("truth", i)).square().mean().item() for i in range(6)]
     assert f"PSNR {sum(10 * math.log10(255**2 / m) for m in mse) / 6:.2f} dB" in text
     assert f"{10 * math.log10(255**2 / mse[0]):.3f}" == f"{train_cifar.psnr(load('model', 0)[None], load('truth', 0)[None]).item():.3f}"

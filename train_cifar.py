@@ -418,28 +418,29 @@ def train(s, state):
     model = DistributedDataParallel(net) if s.world > 1 else net
     v = torch.compile(model) if s.compile else model
     log, caught, stop, began = start(s, state, step, net, images), catch_signals(), False, (time.perf_counter(), step)
-    while step < s.steps and not stop:
-        batch = draw(s, images, path, step)
-        torch.manual_seed(seeded("cpu", s.seed, "dropout", step, s.rank).initial_seed())
-        optimizer.param_groups[0]["lr"] = rate(s, step)
-        optimizer.zero_grad()
-        stats = torch.cat([backward(s, model, v, path, batch), torch.tensor([len(caught)], device=s.device)])
-        if s.world > 1:
-            dist.all_reduce(stats)
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), s.clip or math.inf)
-        *bins, stop, norm = torch.cat([stats, norm[None]]).tolist()  # the one time in a step that the GPU is waited for
-        if not math.isfinite(sum(bins) + norm):
-            save(s, step, net, ema, optimizer, sums, log)
-            refuse(f"step {step}: loss {sum(bins[:10]) / s.batch}, gradient norm {norm}: not taken, weights as "
-                   f"before. --lr {s.lr} may be too high: lower it with --init {s.out}/checkpoint.pt, another --out", 1)
-        optimizer.step()
-        ema.update_parameters(net)
-        step, sums = step + 1, [a + b for a, b in zip(sums, [*bins, norm])]
-        sums = report(s, step, sums, log, began)
-        if step % s.every[1] == 0 or step == s.steps or stop:
-            save(s, step, net, ema, optimizer, sums, log)
-        if (step % s.every[2] == 0 or step == s.steps) and not stop and s.rank == 0:
-            picture(s, ema.module, path, held_out or images, step)
+    with log or contextlib.nullcontext():
+        while step < s.steps and not stop:
+            batch = draw(s, images, path, step)
+            torch.manual_seed(seeded("cpu", s.seed, "dropout", step, s.rank).initial_seed())
+            optimizer.param_groups[0]["lr"] = rate(s, step)
+            optimizer.zero_grad()
+            stats = torch.cat([backward(s, model, v, path, batch), torch.tensor([len(caught)], device=s.device)])
+            if s.world > 1:
+                dist.all_reduce(stats)
+            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), s.clip or math.inf)
+            *bins, stop, norm = torch.cat([stats, norm[None]]).tolist()  # the one time in a step that the GPU is waited for
+            if not math.isfinite(sum(bins) + norm):
+                save(s, step, net, ema, optimizer, sums, log)
+                refuse(f"step {step}: loss {sum(bins[:10]) / s.batch}, gradient norm {norm}: not taken, weights as "
+                       f"before. --lr {s.lr} may be too high: lower it with --init {s.out}/checkpoint.pt, another --out", 1)
+            optimizer.step()
+            ema.update_parameters(net)
+            step, sums = step + 1, [a + b for a, b in zip(sums, [*bins, norm])]
+            sums = report(s, step, sums, log, began)
+            if step % s.every[1] == 0 or step == s.steps or stop:
+                save(s, step, net, ema, optimizer, sums, log)
+            if (step % s.every[2] == 0 or step == s.steps) and not stop and s.rank == 0:
+                picture(s, ema.module, path, held_out or images, step)
     print(f"{'stopped' if stop else 'done'} and saved at step {step} in {s.out}")
     return 128 + caught[0] if stop and caught else 0
 
