@@ -669,6 +669,23 @@ def _first(mask):
     return mask.reshape(len(mask), -1).any(1).int().argmax().item()
 
 
+def _rms(e, split):
+    """RMS of each row, (B,); the columns from split on, a log-determinant, are a block of their own."""
+    e = e.reshape(len(e), -1)
+    blocks = (e,) if split is None else (e[:, :split], e[:, split:])
+    return functools.reduce(torch.maximum, [torch.linalg.vector_norm(b, dim=1) * b.shape[1] ** -0.5 for b in blocks])
+
+
+def _why_stuck(ok, error, step, t_new, grid):
+    """Row and cause if a rejected step is too short to be made shorter, else None."""
+    stuck = ~ok & (step.abs() <= torch.finfo(step.dtype).eps * (10 * t_new.abs() + grid.abs().max() / 100))
+    if not stuck.any():
+        return None
+    i = _first(stuck)
+    why = "rtol and atol are too tight for" if error[i].isfinite() else "v is not finite near here in"
+    return i, f"the step is below the resolution of t; {why} {step.dtype}, or v is singular here"
+
+
 def _dopri5(f, x, t, rtol, atol, max_nfe, split, cond):
     """Adaptive steps: sample i of x (B, *dims) has a time, step and error of its own and leaves when it is done."""
     C, A, E = _tensors(DOPRI5, x)
@@ -677,13 +694,6 @@ def _dopri5(f, x, t, rtol, atol, max_nfe, split, cond):
     leg = torch.ones_like(row)  # and which of the times it heads for
     xs, nfe, rejected = x.new_zeros(len(t), *x.shape), torch.zeros_like(row), torch.zeros_like(row)
     xs[0], t, t_end, calls = x, grid[:1].repeat(len(x)), grid[1:2].repeat(len(x)), 2
-
-    def rms(e):
-        return torch.linalg.vector_norm(e, dim=1) * e.shape[1] ** -0.5
-
-    def norm(e):  # the columns from split on, a log-determinant, are a block of their own
-        e = e.reshape(len(e), -1)
-        return rms(e) if split is None else torch.maximum(rms(e[:, :split]), rms(e[:, split:]))
 
     def fail(i, what):
         t_reached, x_reached = grid[-1:].repeat(len(nfe)), xs[-1].detach().clone()
@@ -695,7 +705,7 @@ def _dopri5(f, x, t, rtol, atol, max_nfe, split, cond):
     if not k.isfinite().all():
         fail(_first(~k.isfinite()), "v is not finite at the start; look at its weights and at x")
     with torch.no_grad():
-        h = _first_step(f, t, x, k, grid[1] - grid[0], rtol, atol, norm, cond)
+        h = _first_step(f, t, x, k, grid[1] - grid[0], rtol, atol, split, cond)
     space = _workspace(x, 7)
     while True:
         if calls + 6 > max_nfe:
@@ -708,18 +718,15 @@ def _dopri5(f, x, t, rtol, atol, max_nfe, split, cond):
         calls += 6
         with torch.no_grad():
             scale = torch.maximum(x.abs(), x_new.abs()) * rtol + atol
-            error = norm(torch.mv(K, E).view(x.shape) / scale)
+            error = _rms(torch.mv(K, E).view(x.shape) / scale, split)
             step, h_old = t_new - t, h
             ok = (error <= 1) & (step != 0)  # False also where error is not a number
             h = step * (0.9 * torch.exp(-0.2 * torch.log(error))).clamp(0.2, 3)
         if ok.all():
             t, x, k = t_new, x_new, k_new
         else:
-            stuck = ~ok & (step.abs() <= torch.finfo(t.dtype).eps * (10 * t_new.abs() + grid.abs().max() / 100))
-            if stuck.any():
-                i = _first(stuck)
-                why = "rtol and atol are too tight for" if error[i].isfinite() else "v is not finite near here in"
-                fail(i, f"the step is below the resolution of t; {why} {x.dtype}, or v is singular here")
+            if stuck := _why_stuck(ok, error, step, t_new, grid):
+                fail(*stuck)
             t, ok_x = torch.where(ok, t_new, t), ok.view(-1, *(1,) * (x.ndim - 1))
             x, k = torch.where(ok_x, x_new, x), torch.where(ok_x, k_new, k)
             h = torch.where(h.isnan(), 0.2 * step, h)
@@ -739,17 +746,17 @@ def _dopri5(f, x, t, rtol, atol, max_nfe, split, cond):
             t_end = grid[leg]
 
 
-def _first_step(f, t, x, k, span, rtol, atol, norm, cond):
+def _first_step(f, t, x, k, span, rtol, atol, split, cond):
     """A first step (B,), signed, from two slopes a little apart, inside the first interval.
 
     After Hairer, Norsett & Wanner (1993), II.4, whose h1 serves as the lower bound. A field of rate L = |v'| / |v| has an
     error near |v| L^4 h^5 / 1000; to set it to 0.1 saves a fifth of the calls on easy fields.
     """
     scale = atol + rtol * x.abs()
-    d0, d1 = norm(x / scale), norm(k / scale)
+    d0, d1 = _rms(x / scale, split), _rms(k / scale, split)
     h0 = torch.minimum(0.01 * d0.clamp(min=1e3) / d1, 0.01 * span.abs())
     step = h0 * span.sign()
-    d2 = norm((f(t + step, x + expand(step, x) * k, **cond) - k) / scale) / h0
+    d2 = _rms((f(t + step, x + expand(step, x) * k, **cond) - k) / scale, split) / h0
     h1 = torch.exp(torch.log(torch.fmax(100 / (d1 * (d2 / d1).square().square()), 0.01 / torch.maximum(d1, d2))) / 5)
     h1 = torch.where(h1.isnan() | (h1 == 0), h0, torch.minimum(h1, 1000 * h0))  # h0: the probe was not finite
     return torch.minimum(h1, span.abs()) * span.sign()
@@ -882,6 +889,7 @@ def bits_per_dim(v, images, K=1, path=None, divergence="hutchinson", **options):
 
 
 def group_norm(channels):
+    """GroupNorm in 32 groups, or as many as divide the channels."""
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
