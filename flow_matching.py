@@ -297,14 +297,22 @@ class CosinePath(AffinePath):
         return alpha_t, sigma_t, math.pi / 2 * sigma_t, -math.pi / 2 * alpha_t
 
 
+PATHS = {"ot": OTPath, "vp": VPPath, "ve": VEPath, "cosine": CosinePath}
+
+
 # ---- 2 Loss, Section 3.2 ---------------------------------------------------------------------------------------------
 
+# The rows of Table 1 as keywords of cfm_loss; "score" is score matching, "scoreflow" weighs it for likelihood.
+OBJECTIVES = {"velocity": {}, "noise": {"predict": "noise"}, "score": {"predict": "score", "weight": "sigma^2"},
+              "scoreflow": {"predict": "score", "weight": "beta"}}
 
-def cfm_loss(v, path, x1, x0=None, t=None, reduction="mean", predict="velocity", weight=None, **cond):
+
+def cfm_loss(v, path, x1, x0=None, t=None, reduction="mean", predict="velocity", weight=None, noise=None, **cond):
     """One-batch estimate of L_CFM, Eq. (14) (Eq. (23) for OTPath): a scalar, or (B,) with reduction="none".
 
-    x1: (B, *dims) data. x0: (B, *dims), given for pair conditioning z = (x0, x1), else drawn from N(0, I). t: () or
-    (B,), else drawn stratified. cond: tensors of B rows for v. Its minimum is not 0 but E Var[dpsi | x_t].
+    x1: (B, *dims) data. x0: (B, *dims), given for pair conditioning z = (x0, x1), else it is noise, your own draw from
+    N(0, I), or a fresh one. t: () or (B,), else drawn stratified. cond: tensors of B rows for v. Its minimum is not 0
+    but E Var[dpsi | x_t].
     predict: what v gives, "velocity", "noise" (Eq. (45), DDPM), "score" (Eq. (43), the true score, not the paper's minus)
     or "data". weight: lambda(t) of Eq. (43), a function of t (B,) or "sigma^2" (score matching) or "beta" (ScoreFlow).
     Raises ValueError for shapes that do not match, data that is not finite floating point, t outside path.t_span
@@ -325,14 +333,16 @@ def cfm_loss(v, path, x1, x0=None, t=None, reduction="mean", predict="velocity",
         t = path.t_span[0] + (path.t_span[1] - path.t_span[0]) * (u % 1).to(_wide(x1.dtype))
     else:
         t = _check_times(t, x1, path.t_span)
+    if x0 is not None and (noise is not None or not path.psi0_is_identity):
+        raise ValueError(f"x0 cannot be paired on {path!r}: psi_0(x0) is not x0 there; use OTPath or CosinePath"
+                         if noise is None else "x0, your pairs, and noise, a draw independent of x1, exclude each other")
+    name, x0 = ("noise", noise) if x0 is None else ("x0", x0)
     if x0 is None:
         x0 = torch.randn_like(x1)
-    elif not path.psi0_is_identity:
-        raise ValueError(f"x0 cannot be paired on {path!r}: psi_0(x0) is not x0 there; use OTPath or CosinePath")
     else:
-        _check_batch("x0", x0, wait=False)
+        _check_batch(name, x0, wait=False)
         if x0.shape != x1.shape:
-            raise ValueError(f"x0 must have the shape of x1, {tuple(x1.shape)}; got {tuple(x0.shape)}")
+            raise ValueError(f"{name} must have the shape of x1, {tuple(x1.shape)}; got {tuple(x0.shape)}")
     x_t, target = path.psi_dpsi(t, x0, x1)
     if predict != "velocity":
         target = {"noise": lambda: x0, "data": lambda: x1, "score": lambda: -x0 / path.moments(t, x1)[1]}[predict]()
@@ -348,7 +358,7 @@ def cfm_loss(v, path, x1, x0=None, t=None, reduction="mean", predict="velocity",
 
 
 def as_velocity(model, path, predict):
-    """The vector field of a network that predicts "score", "noise" or "data" on an affine path, Eq. (46)."""
+    """The vector field of a network that predicts "score", "noise", "data" or "velocity" on an affine path, Eq. (46)."""
     return lambda t, x, **cond: path.convert(t, x, model(t, x, **cond), predict, "velocity")
 
 

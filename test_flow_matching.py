@@ -216,6 +216,14 @@ def test_eq14_pairs_times_and_reduction_are_those_given():
     assert_close(losses, (x_t * y[:, None] - (x1 - x0)).square().mean(1))
 
 
+@every_path
+def test_eq14_noise_of_the_users_replaces_the_draw_on_every_path(path):
+    t, noise, x1 = batch()
+    t = t * path.t_span[1]
+    x_t, dx_t = path.psi_dpsi(t, noise, x1)
+    assert_close(cfm_loss(lambda t, x: x, path, x1, noise=noise, t=t), (x_t - dx_t).square().mean())
+
+
 def test_loss_times_are_stratified_and_each_row_is_uniform():
     path, rows = VPPath(), []
     for _ in range(2000):
@@ -1162,6 +1170,8 @@ BAD_CALLS = {
     "cfm_loss x0 shape": (lambda: cfm_loss(ok, OTPath(), x, x0=x[:2]), r"x0 must have the shape of x1, \(4, 2\)"),
     "cfm_loss x0 on VP": (lambda: cfm_loss(ok, VPPath(), x, x0=x), "x0 cannot be paired on VPPath"),
     "cfm_loss x0 on VE": (lambda: cfm_loss(ok, VEPath(), x, x0=x), "x0 cannot be paired on VEPath"),
+    "cfm_loss noise and x0": (lambda: cfm_loss(ok, OTPath(), x, x0=x, noise=x), "x0, your pairs, and noise, .* exclude"),
+    "cfm_loss noise shape": (lambda: cfm_loss(ok, VPPath(), x, noise=x[:2]), r"noise must have the shape of x1, \(4, 2\)"),
     "cfm_loss t outside": (lambda: cfm_loss(ok, OTPath(), x, t=torch.full((4,), 1.5)), "t must lie in .* got 1.5"),
     "cfm_loss t NaN": (lambda: cfm_loss(ok, OTPath(), x, t=math.nan), "t must lie in"),
     "cfm_loss t beyond the cut": (lambda: cfm_loss(ok, VPPath(), x, t=torch.ones(4)), "t must lie in"),
@@ -1272,15 +1282,79 @@ def test_train_toy_from_the_command_line(tmp_path):
 
     done = run("-W", "error", "train_toy.py", "--path", "ot", "ve", "--steps", 20, "--batch", 64, "--samples", 200, "--data", "8gaussians", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^ot +\d", done.stdout, re.M) and re.search(r"^ve midpoint", done.stdout, re.M) and "floor" in done.stdout
+    rows = re.findall(r"^(?:ot|ve) .*$", done.stdout, re.M)
+    assert len(rows) == 6 and "floor" in done.stdout and (tmp_path / "table.txt").read_text(encoding="utf-8").strip() in done.stdout
     assert {p.name for p in tmp_path.iterdir()} == {
-        "density.png", "nfe.png", "trajectories.png", "likelihood.png", "metrics.json", "model_ot.pt", "model_ve.pt"}  # fmt: skip
+        "density.png", "nfe.png", "trajectories.png", "likelihood.png", "metrics.json", "table.txt", "model_ot.pt", "model_ve.pt"}  # fmt: skip
     flow = train_toy.load(tmp_path / "model_ve.pt")
     assert flow.path == VEPath() and flow.sample(3, method="euler", steps=2).shape == (3, 2)
     axis = torch.linspace(-12, 12, 60) + flow.shift[0]
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
     mass = flow.log_prob(grid, rtol=1e-3, atol=1e-3).exp().sum() * (24 / 59) ** 2
     assert abs(mass - 1) < 0.02  # the standardisation's Jacobian is in it
+
+
+def toy(*flags, row=None):
+    """Settings of train_toy.py, and their data."""
+    import train_toy
+
+    args = train_toy.parse_args([*flags, "--out", "."])  # a folder that is there
+    return args.rows[row or args.path[0]], args.target
+
+
+def test_table_1_ablation_from_the_command_line(tmp_path):
+    done = run("-W", "error", "train_toy.py", "--ablation", "--steps", 2, "--batch", 64, "--samples", 60, "--data", "8gaussians", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "metrics.json").read_text())["results"]
+    assert list(results) == ["DDPM", "score matching", "ScoreFlow", "FM, diffusion", "FM, OT", "minibatch OT", "reflow"]
+    for name, r in results.items():
+        assert (r["excess"] is None) == (name in ("minibatch OT", "reflow")) and r["straightness"] >= 1 and len(r["energy"]) == 15
+        assert len(re.findall(rf"^{name} .*$", done.stdout, re.M)) == 3
+    import train_toy
+
+    flow = train_toy.load(tmp_path / "model_score_matching.pt")
+    assert flow.net.predict == "score" and flow.path == VPPath() and flow.sample(3, method="euler", steps=2).shape == (3, 2)
+
+
+def test_eq46_toy_networks_of_every_objective_learn_the_same_field():
+    import train_toy
+
+    for objective in fm.OBJECTIVES:
+        excess = []
+        for steps in ("1", "300"):
+            args, data = toy("--path", "vp", "--objective", objective, "--data", "8gaussians", "--steps", steps, "--batch", "256")
+            flow, _ = train_toy.train("vp", args, data)
+            x1 = data.sample(2000)
+            excess.append(train_toy.regression(flow, data, args, torch.randn_like(x1), x1, None)["excess"])
+        assert excess[1] < 0.4 * excess[0], objective
+
+
+def test_reflow_and_minibatch_coupling_straighten_and_sde_samples_agree():
+    import train_toy
+
+    measured = {}
+    for flags in ("", "--reflow 1", "--coupling ot", "--sde 1"):
+        args, data = toy("--data", "8gaussians", "--steps", "300", "--batch", "128", "--samples", "500", *flags.split())
+        flow, _ = train_toy.train("ot", args, data)
+        measured[flags] = train_toy.measure(flow, data, args)
+    arc = {flags: r["straightness"] for flags, r in measured.items()}
+    assert arc["--reflow 1"] < 1 + 0.3 * (arc[""] - 1) and arc["--coupling ot"] < 1 + 0.5 * (arc[""] - 1)
+    fast = {flags: r["energy"]["midpoint 4"] for flags, r in measured.items()}
+    assert fast["--reflow 1"] < 0.1 * fast[""] and fast["--coupling ot"] < 0.1 * fast[""]  # few steps suffice then
+    sde = {nfe: measured["--sde 1"]["energy"][f"sde {nfe}"] for nfe in (4, 20, 100)}
+    assert sde[4] > 0.05 and sde[20] < 0.02 and sde[100] < 0.01
+
+
+def test_figure_3_conditional_paths_are_straight_for_ot_and_ve_and_bend_for_vp(tmp_path):
+    done = run("-W", "error", "train_toy.py", "--figure", "conditional", "--samples", 100, "--data", "8gaussians", "--out", tmp_path)
+    assert done.returncode == 0 and {p.name for p in tmp_path.iterdir()} == {"fields.png", "paths.png"}, done.stderr
+    bend = {kind: float(mean) for kind, mean in re.findall(r"^(\w+ +\w+) +([\d.]+) +[\d.]+$", done.stdout, re.M)}
+    bend = {" ".join(kind.split()): mean for kind, mean in bend.items()}
+    assert bend["conditional ot"] == bend["conditional ve"] == 1.0
+    assert 1.22 < bend["conditional vp"] < 1.32 and abs(bend["conditional cosine"] - bend["conditional vp"]) < 0.01
+    assert bend["marginal ot"] > 1.5  # the marginal flow is another thing
+    stds = [float(std) for std in re.findall(r"^ ?\d+ +(\d\.\d\d)$", done.stdout, re.M)]
+    assert stds == [0.0, 0.5, 0.72, 0.85, 0.92, 0.96]
 
 
 def test_toy_data_densities_and_fields_are_exact(tmp_path):
@@ -1310,6 +1384,12 @@ def test_toy_data_densities_and_fields_are_exact(tmp_path):
 BAD_TOY = {
     "--path nowhere": "--path", "--steps 0": "--steps must be at least 1", "--steps many": "--steps", "--batch -3": "--batch must be", "--samples 0": "--samples must be",
     "--lr 0": "--lr must be", "--lr nan": "--lr must be", "--data missing.png": "missing.png", "--data README.md": "--data",
+    "--reflow -1": "--reflow must be", "--sde -1": "--sde must be", "--sigma-min 1": "--sigma-min 1.0 do not go together: sigma_min must lie in [0, 1)",
+    "--sigma-min -1": "--sigma-min", "--seed -1": "--seed must be", "--samples 1": "--samples must be", "--figure nine": "--figure",
+    "--objective noise": "--objective noise do not go together: noise does not tell velocity at t = 0", "--objective eps": "--objective",
+    "--objective score --path cosine": "score does not tell velocity", "--objective scoreflow --path ve": "'beta' on VPPath",
+    "--coupling ot --path vp": "--path vp --coupling ot do not go together: x0 cannot be paired", "--reflow 1 --path ve": "x0 cannot be paired on VEPath",
+    "--sde 1 --reflow 1": "the SDE needs the score", "--sde 0.1 --coupling ot": "the SDE needs the score", "--coupling best": "--coupling",
     "--device gpu9": "--device gpu9", "--out README.md": "--out", "--seed x": "--seed", "--pth ot": "--pth",
 }  # fmt: skip
 
@@ -1580,10 +1660,10 @@ def test_nonfinite_loss_stops_before_the_weights_are_harmed(cifar, tmp_path, mon
 # ---- train_cifar.py: one batch, however it is split ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world, flags", [(2, ""), (1, " --accumulate 4")])
-def test_ranks_and_pieces_give_the_parameters_of_the_whole_batch(cifar, fork, tmp_path, world, flags):
-    assert cifar("--dropout 0 --steps 5", out="whole")[0] == 0
-    codes, text = fork("--dropout 0 --steps 5" + flags, world=world)
+@pytest.mark.parametrize("world, flags, objective", [(2, "", ""), (1, " --accumulate 4", " --path vp --objective score"), (2, "", " --coupling ot")])
+def test_ranks_and_pieces_give_the_parameters_of_the_whole_batch(cifar, fork, tmp_path, world, flags, objective):
+    assert cifar("--dropout 0 --steps 5" + objective, out="whole")[0] == 0
+    codes, text = fork("--dropout 0 --steps 5" + objective + flags, world=world)
     assert codes == [0] * world, text
     a, b = read(tmp_path / "whole"), read(tmp_path / "run")
     torch.manual_seed(0)
@@ -1606,21 +1686,26 @@ def test_dropout_differs_by_step_and_seed_and_not_by_run(cifar, monkeypatch):
 
 def test_every_image_once_an_epoch_and_fresh_noise_every_step():
     s = train_cifar.Namespace(batch=4, size=2, rank=0, world=1, device=torch.device("cpu"), seed=1, flip=True, conditional=False,
-                              superres=None, classes=None)  # fmt: skip
+                              superres=None, classes=None, coupling="independent")  # fmt: skip
     images = torch.arange(12, dtype=torch.uint8).reshape(12, 1, 1, 1).expand(12, 2, 2, 3).contiguous(), torch.zeros(12).long()
-    batches = [train_cifar.draw(s, images, train_cifar.OTPath(), step) for step in range(6)]
+    batches = [train_cifar.draw(s, images, OTPath(), step) for step in range(6)]
     seen = [[int(x.item()) for x in ((b["x1"][:, 0, 0, 0] + 1) * 128).floor()] for b in batches]
     assert sorted(sum(seen[:3], [])) == sorted(sum(seen[3:], [])) == list(range(12)) and seen[:3] != seen[3:]
-    assert len({b["x0"].sum().item() for b in batches}) == len({b["t"].sum().item() for b in batches}) == 6
+    assert len({b["noise"].sum().item() for b in batches}) == len({b["t"].sum().item() for b in batches}) == 6
     for b in batches:  # one time in every quarter, dequantisation noise in [0, 1)
         assert sorted((4 * b["t"]).long().tolist()) == [0, 1, 2, 3]
         u = ((b["x1"] + 1) * 128) % 1
         assert u.std() > 0.2
-    half = [train_cifar.draw(train_cifar.Namespace(**{**vars(s), "rank": r, "world": 2}), images, train_cifar.OTPath(), 3) for r in (0, 1)]
+    half = [train_cifar.draw(train_cifar.Namespace(**{**vars(s), "rank": r, "world": 2}), images, OTPath(), 3) for r in (0, 1)]
     for k in batches[3]:
         assert_close(torch.stack([half[0][k], half[1][k]], 1).flatten(0, 1), batches[3][k], rtol=0, atol=0)
+    coupled = train_cifar.draw(train_cifar.Namespace(**{**vars(s), "coupling": "ot"}), images, OTPath(), 3)
+    i = [(batches[3]["noise"] == x0).flatten(1).all(1).nonzero().item() for x0 in coupled.pop("x0")]
+    cost = lambda i: (batches[3]["noise"][list(i)] - batches[3]["x1"]).square().sum()
+    assert sorted(i) == [0, 1, 2, 3] and min(permutations(i), key=cost) == tuple(i)
+    assert_close(coupled, {k: batches[3][k] for k in ("x1", "t")}, rtol=0, atol=0)
     mirrored = train_cifar.draw(s, (torch.tensor([[[0, 255], [0, 255]]] * 12, dtype=torch.uint8)[..., None].expand(12, 2, 2, 3), images[1]),
-                                train_cifar.OTPath(), 0)["x1"]  # fmt: skip
+                                OTPath(), 0)["x1"]  # fmt: skip
     assert {True, False} == set((mirrored[:, 0, 0, 0] > 0).tolist())
 
 
@@ -1814,6 +1899,12 @@ REFUSED = [  # command line, words of the one line it gets; "@" is a finished ru
     ("--chan 8", "--chan"),
     ("--recipe best", "--recipe"),
     ("--path straight", "--path"),
+    ("--objective noise", "--path ot --objective noise --coupling independent: noise does not tell velocity at t = 0"),
+    ("--objective scoreflow --path ve", "'beta' on VPPath"),
+    ("--objective x0", "--objective"),
+    ("--coupling ot --path vp", "x0 cannot be paired on VPPath"),
+    ("--coupling best", "--coupling"),
+    ("--out @ --sample 3 --objective noise", "--objective noise is not what the run"),
     ("--precision fp8", "--precision"),
     ("--every 1,2", "--every must be three"),
     ("--solver heun:3", "--solver: must be dopri5:TOLERANCE"),
@@ -1860,6 +1951,17 @@ def finished(photos, tmp_path_factory):
     for folder in folders:
         train_cifar.main([*TINY, "--data", str(photos / "train"), "--out", str(folder), "--steps", "4", "--decay", folder.name[:-1]])
     return folders
+
+
+def test_eq46_samples_and_bpd_of_a_noise_network_are_those_of_its_field(cifar, photos, tmp_path):
+    assert cifar("--path vp --objective noise --lr 1e-8 --steps 1")[0] == 0  # still the zero network: its field is d alpha / alpha x
+    path, scale = VPPath(), lambda t: VPPath().coefficients(torch.tensor(t, dtype=torch.float64))[0].log()
+    growth = (scale(path.t_span[1]) - scale(0.0)).item()  # so x1 = e^growth x0, and log p = log N(x0) - d growth
+    code, text, err = cifar(f"--bpd 2 --solver rk4:80 --test {photos / 'test'}", new=False)
+    assert code == 0, err
+    bpd = float(re.search(r"^([\d.]+) \+-", text, re.M)[1])
+    least = 7 + (math.log(2 * math.pi) / 2 + growth) / math.log(2)  # |x1|^2 e^(-2 growth) <= 3 / e^10 adds next to nothing
+    assert least < bpd < least + 0.01
 
 
 @pytest.mark.parametrize("flags, words", REFUSED, ids=[flags for flags, _ in REFUSED])

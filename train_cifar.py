@@ -28,10 +28,9 @@ try:
 except ImportError:  # Windows
     resource = None
 
-from flow_matching import METHODS, CosinePath, OTPath, SolverError, UNet, VEPath, VPPath
-from flow_matching import bits_per_dim, cfm_loss, guided, odeint
+from flow_matching import METHODS, OBJECTIVES, PATHS, SolverError, UNet
+from flow_matching import as_velocity, bits_per_dim, cfm_loss, guided, odeint, ot_coupling
 
-PATHS = {"ot": OTPath, "vp": VPPath, "ve": VEPath, "cosine": CosinePath}
 MODERN = dict(channels=128, dropout=0.1, lr=2e-4, warmup=5000, decay="none", batch=128, steps=400_000, clip=1.0,
               ema=0.9999, flip=True)  # fmt: skip  # Departure: the recipe of Tong et al. (2024), smaller and better
 PAPER = dict(channels=256, dropout=0.0, lr=5e-4, warmup=45_000, decay="linear", batch=256, steps=391_000, clip=0.0,
@@ -89,6 +88,9 @@ def parser():
     flag("superres", None, "learn images given themselves at 1/N of the size, Section 6.4", type=least(2), metavar="N")
     flag("recipe", "modern", f"whose defaults; paper: {recipe}", choices=("modern", "paper"))
     flag("path", "ot", "path, Section 4.1", choices=PATHS)
+    flag("objective", "velocity", "what is learned, by which weight, Table 1", choices=OBJECTIVES)
+    flag("coupling", "independent", "of noise and images; ot: minibatch optimal transport, by SciPy; it ignores labels",
+         choices=("independent", "ot"))  # fmt: skip
     flag("channels", MODERN["channels"], "of the UNet's first level", type=least(1))
     flag("channel-mult", (1, 2, 2, 2), "width of every level, times channels", type=ints)
     flag("blocks", 2, "residual blocks a level", type=least(1))
@@ -167,6 +169,17 @@ def check(s, given, state, evaluating, world):
     ):  # fmt: skip
         if wrong:
             refuse(message)
+    path, x, objective = PATHS[s.path](), torch.zeros(2, 1), OBJECTIVES[s.objective]
+    try:  # loss and velocity say themselves what does not go together
+        cfm_loss(lambda t, x: x, path, x, x[ot_coupling(x, x)] if s.coupling == "ot" else None, **objective)
+        velocity(s, lambda t, x: x, path)(torch.zeros(2), x)
+    except (ValueError, ImportError) as e:
+        refuse(f"--path {s.path} --objective {s.objective} --coupling {s.coupling}: {e}")
+
+
+def velocity(s, net, path):
+    """The field of a network trained for --objective."""
+    return as_velocity(net, path, OBJECTIVES[s.objective].get("predict", "velocity"))
 
 
 # ---- Files and images ------------------------------------------------------------------------------------------------
@@ -296,15 +309,20 @@ def draw(s, images, path, step):
     rand = lambda *shape: torch.rand(shape, generator=g, device=s.device)
     u = (rand(1) + torch.arange(B, device=s.device) / B) % 1  # stratified over the batch, as in cfm_loss
     x0 = torch.randn((B, 3, S, S), generator=g, device=s.device)
-    noise, flip, hide = rand(B, S, S, 3), rand(B) < 0.5, rand(B) < 0.1  # a tenth learns v_none, for --guidance
-    epoch, i = divmod(step, len(images[0]) // B)
-    pixels, labels = rows(s, images, order(s.seed, epoch, len(images[0]))[i * B : (i + 1) * B][mine])
+    dither, flip, hide = rand(B, S, S, 3), rand(B) < 0.5, rand(B) < 0.1  # a tenth learns v_none, for --guidance
+    t, epoch, i = path.t_span[0] + (path.t_span[1] - path.t_span[0]) * u, *divmod(step, len(images[0]) // B)
+    index, coupled = order(s.seed, epoch, len(images[0]))[i * B : (i + 1) * B], s.coupling == "ot"
+    if not coupled:  # else every rank needs the whole batch
+        index, x0, t, dither, flip, hide = (x[mine] for x in (index, x0, t, dither, flip, hide))
+    pixels, labels = rows(s, images, index)
     if s.flip:
-        pixels = torch.where(flip[mine, None, None, None], pixels.flip(2), pixels)
+        pixels = torch.where(flip[:, None, None, None], pixels.flip(2), pixels)
     # Eq. (36) with its noise, so that --bpd measures the density that is trained; the paper does not say what it did.
-    x1 = ((pixels + noise[mine]) / 128 - 1).permute(0, 3, 1, 2)
-    t = (path.t_span[0] + (path.t_span[1] - path.t_span[0]) * u)[mine]
-    return dict(x1=x1, x0=x0[mine], t=t, **conditions(s, pixels, labels.where(~hide[mine], len(s.classes or ()))))
+    x1 = ((pixels + dither) / 128 - 1).permute(0, 3, 1, 2)
+    batch = dict(x1=x1, t=t, **conditions(s, pixels, labels.where(~hide, len(s.classes or ()))))
+    if not coupled:
+        return dict(batch, noise=x0)
+    return {name: x[mine] for name, x in dict(batch, x0=x0[ot_coupling(x0, x1)]).items()}
 
 
 def rate(s, step):
@@ -400,8 +418,7 @@ def backward(s, model, v, path, batch):
         part = {name: x[m :: s.accumulate] for name, x in batch.items()}
         with model.no_sync() if s.world > 1 and m < s.accumulate - 1 else contextlib.nullcontext():
             with torch.autocast(s.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
-                # --objective would enter here as predict= and weight=, --coupling as another x0 in part
-                loss = cfm_loss(v, path, reduction="none", **part)
+                loss = cfm_loss(v, path, reduction="none", **OBJECTIVES[s.objective], **part)
             (loss.mean() / s.accumulate).backward()
         bins.index_add_(1, (10 * part["t"]).long().clamp(max=9), torch.stack([loss.detach(), torch.ones_like(loss)]))
     return bins.flatten()
@@ -412,7 +429,6 @@ def train(s, state):
     if len(images[0]) < s.batch:
         refuse(f"--batch {s.batch} is more than the {len(images[0])} images of --data {s.data}: lower it or add images")
     path, net = PATHS[s.path](), build(s, state)
-    vars(path)["psi0_is_identity"] = True  # x0 is always the N(0, I) draw of Eq. (11), which every path takes
     ema, optimizer = averaged(net, s.ema), torch.optim.Adam(net.parameters(), lr=s.lr, fused=True)
     step, sums = resume(s, state, net, ema, optimizer) if state else (0, [0.0] * 21)
     model = DistributedDataParallel(net) if s.world > 1 else net
@@ -507,7 +523,9 @@ def generate(s, net, path, index, images):
     if s.superres:
         truth, _ = rows(s, images, number % len(images[0]))
     cond = conditions(s, truth, number.to(s.device) % (net.config["num_classes"] or 1))
-    v, calls = (guided(net, s.guidance), 2) if s.guidance != 1 else (net, 1)
+    v, calls = velocity(s, net, path), 1
+    if s.guidance != 1:
+        v, calls = guided(v, s.guidance), 2
     solution = odeint(v, path.source_std * x0, path.t_span, **solver(s.solver), **cond)
     columns = [to_pixels(cond["cond"]), to_pixels(solution.x), truth.cpu()] if s.superres else [to_pixels(solution.x)]
     return columns, calls * solution.nfe
@@ -575,7 +593,7 @@ def print_bpd(s, net, path, images, step):
         pixels, labels = rows(s, images, torch.arange(i, min(i + s.batch, s.bpd)))
         torch.manual_seed(seeded("cpu", s.seed, "bpd", i).initial_seed())
         cond = conditions(s, pixels, labels)
-        result = bits_per_dim(net, pixels.permute(0, 3, 1, 2), s.K, path, **how, **solver(s.solver), **cond)
+        result = bits_per_dim(velocity(s, net, path), pixels.permute(0, 3, 1, 2), s.K, path, **how, **solver(s.solver), **cond)
         bpd[i : i + s.batch], nfe[i : i + s.batch] = result.bpd, result.nfe / s.K
     if s.world > 1:
         dist.all_reduce(bpd)

@@ -1,13 +1,16 @@
-"""Flow matching in two dimensions: trains on a toy density, draws the paper's Figure 4, prints true numbers.
+"""Flow matching in two dimensions: trains on a toy density, draws Figure 4, prints true numbers.
 
-    python train_toy.py --path ot            about two minutes on two CPU cores; pictures and metrics.json in runs/toy
-    python train_toy.py --path ot vp         one row per path in every picture: same seed, network and budget
-    python train_toy.py --data drawing.png   the dark pixels of a picture are the density
+    python train_toy.py --path ot              a minute on two CPU cores; all goes to runs/toy
+    python train_toy.py --path ot vp           one row per path: same seed, network and budget
+    python train_toy.py --ablation             Table 1, Figures 4 and 9, couplings and reflow
+    python train_toy.py --figure conditional   Figures 2, 3 and 8, and what is straight
+    python train_toy.py --data drawing.png     the dark pixels of a picture are the density
 """
 import argparse
 import json
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import asdict
@@ -17,51 +20,61 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from flow_matching import AffinePath, CosinePath, Marginal, OTPath, SolverError, VEPath, VPPath, cfm_loss, log_prob, odeint, sample
+from flow_matching import OBJECTIVES, PATHS, AffinePath, Marginal, OTPath, SolverError
+from flow_matching import as_velocity, cfm_loss, log_prob, odeint, ot_coupling, sample, sample_sde
 
-PATHS = {"ot": OTPath, "vp": VPPath, "ve": VEPath, "cosine": CosinePath}
 NFES = 4, 8, 10, 20, 100
-STAGES = {"euler": 1, "midpoint": 2, "rk4": 4}
+STAGES = {"midpoint": 2, "euler": 1, "rk4": 4}
+ABLATION = {  # Table 1, and beside it what later papers do to the pairs (x0, x1)
+    "DDPM": dict(path="vp", objective="noise"),
+    "score matching": dict(path="vp", objective="score"),
+    "ScoreFlow": dict(path="vp", objective="scoreflow"),
+    "FM, diffusion": dict(path="vp", objective="velocity"),
+    "FM, OT": dict(path="ot", objective="velocity"),
+    "minibatch OT": dict(path="ot", objective="velocity", coupling="ot"),
+    "reflow": dict(path="ot", objective="velocity", reflow=1),
+}
 
 
-# ---- Data: every set has an exact density, an exact marginal field and so an exact loss floor -------------------------
+# ---- Data: every set has an exact density, an exact marginal field and so an exact loss floor ----
 
 
 class Checkerboard:
-    """Eight squares of side 1 / 0.45 around the origin, shifted and scaled: standardised = (data - shift) / scale."""
+    """Eight squares of side 1 / 0.45; points are standardised, (data - shift) / scale."""
 
     side = 1 / 0.45
 
     def __init__(self):
         corners = [(i, j) for i in range(-2, 2) for j in range(-2, 2) if (i + j) % 2 == 0]
-        self.shift, self.scale = torch.zeros(2), math.sqrt(4 / 3) * self.side  # of unit variance then
-        self.low = torch.tensor(corners, dtype=torch.float64) * self.side / self.scale  # (8, 2), standardised
+        self.shift, self.scale = torch.zeros(2), math.sqrt(4 / 3) * self.side  # to unit variance
+        self.low = torch.tensor(corners, dtype=torch.float64) * self.side / self.scale  # (8, 2)
+        self.high = self.low + self.side / self.scale
 
     def sample(self, n, generator=None):
         """n standardised points, (n, 2)."""
-        u = torch.rand(n, 2, generator=generator)
-        return self.low[torch.randint(8, (n,), generator=generator)].float() + u * self.side / self.scale
+        u, i = torch.rand(n, 2, generator=generator), torch.randint(8, (n,), generator=generator)
+        return torch.lerp(self.low.float()[i], self.high.float()[i], u)
 
     def log_prob(self, x):
         """Exact log density in nats and data units at standardised x, (n,)."""
-        inside = ((x[:, None] >= self.low) & (x[:, None] < self.low + self.side / self.scale)).all(2).any(1)
+        inside = ((x[:, None] >= self.low) & (x[:, None] < self.high)).all(2).any(1)
         return torch.where(inside, -math.log(8 * self.side**2), -math.inf)
 
     def field(self, path):
-        """u_t(x), Eq. (8), in closed form: square by square x1 given x_t is a product of truncated normals."""
+        """u_t(x), Eq. (8), in closed form: in each square x1 given x_t is two truncated normals."""
 
         def u(t, x):
             t, x = t.double(), x.double()
             alpha_t, sigma_t, _, _ = path.coefficients(t[:, None, None])
             mean, std = x[:, None] / alpha_t.clamp(min=1e-4), sigma_t / alpha_t.clamp(min=1e-4)
-            a, b = (self.low - mean) / std, (self.low + self.side / self.scale - mean) / std  # (n, 8, 2)
+            a, b = (self.low - mean) / std, (self.high - mean) / std  # (n, 8, 2)
             flip = a + b > 0  # to the side where log_ndtr is accurate
             lo, hi = torch.where(flip, -b, a), torch.where(flip, -a, b)
             log_hi = torch.special.log_ndtr(hi)
             log_mass = log_hi + torch.log(-torch.expm1(torch.special.log_ndtr(lo) - log_hi))
             density = lambda z: torch.exp(-z.square() / 2 - math.log(2 * math.pi) / 2 - log_mass)
             x1 = mean + std * (density(a) - density(b))
-            x1 = x1.clamp(self.low, self.low + self.side / self.scale)
+            x1 = x1.clamp(self.low, self.high)
             x1_mean = (log_mass.sum(2).softmax(1)[:, :, None] * x1).sum(1)
             return path.u(t, x, x1_mean).float()
 
@@ -69,7 +82,7 @@ class Checkerboard:
 
 
 class Mixture:
-    """Equal Gaussians of std noise at N centres (N, 2): p_t and u_t are those of Marginal on a widened path."""
+    """Gaussians of std noise at N centres (N, 2): p_t and u_t are Marginal's on a widened path."""
 
     def __init__(self, centres, noise):
         self.shift = centres.mean(0)
@@ -82,9 +95,15 @@ class Mixture:
         return centre + self.noise * torch.randn(n, 2, generator=generator)
 
     def _marginal(self, path):  # alpha x1 + sigma x0 = alpha c + N(0, alpha^2 noise^2 + sigma^2)
-        coefficients = lambda t: path.coefficients(t)[:2]
-        widened = lambda t: (coefficients(t)[0].square() * self.noise**2 + coefficients(t)[1].square()).sqrt()
-        return Marginal(AffinePath(lambda t: coefficients(t)[0], widened, path.t_span), self.centres)
+        def coefficients(t):
+            alpha_t, sigma_t, dalpha_t, dsigma_t = path.coefficients(t)
+            wide = torch.hypot(alpha_t * self.noise, sigma_t)
+            dwide = (alpha_t * dalpha_t * self.noise**2 + sigma_t * dsigma_t) / wide
+            return alpha_t, wide, dalpha_t, dwide
+
+        widened = AffinePath(None, None, path.t_span)
+        widened.coefficients = coefficients
+        return Marginal(widened, self.centres)
 
     def log_prob(self, x):
         """Exact log density in nats and data units at standardised x, (n,)."""
@@ -101,7 +120,7 @@ def make_data(name):
     if name == "checkerboard":
         return Checkerboard()
     if name == "8gaussians":
-        return Mixture(4 * torch.stack([torch.cos(angle[::125] * 2), torch.sin(angle[::125] * 2)], 1), 0.3)
+        return Mixture(4 * torch.stack([torch.cos(2 * angle), torch.sin(2 * angle)], 1)[::125], 0.3)
     if name == "moons":
         upper = torch.stack([torch.cos(angle), torch.sin(angle)], 1)
         return Mixture(torch.cat([upper, torch.tensor([1.0, 0.5]) - upper]), 0.08)
@@ -120,19 +139,19 @@ def make_data(name):
     return Mixture(torch.stack([column, picture.height - row], 1).float(), 0.5)
 
 
-# ---- The flow --------------------------------------------------------------------------------------------------------
+# ---- The flow ------------------------------------------------------------------------------------
 
 
 class Net(nn.Module):
-    """v(t, x): a small SiLU network on random Fourier features of x, which let it see edges, sharper towards t = 1.
+    """A velocity, noise or score at t (B,) and x (B, 2): a SiLU network on random Fourier features.
 
-    It learns what is left of the field once x is known: for Gaussian data of unit variance E[dx_t | x_t] is linear,
-    and the rest, across it, has the scale (d alpha sigma - alpha d sigma) / rho, rho^2 = alpha^2 + sigma^2.
+    They let it see edges. It learns what is left of its target when the linear answer to Gaussian
+    data of unit variance, E[x1 | x] = alpha x / rho^2 and E[x0 | x] = sigma x / rho^2, is known.
     """
 
-    def __init__(self, path, width=64, depth=4, features=64, bandwidth=3.0):
+    def __init__(self, path, predict="velocity", width=64, depth=4, features=64, bandwidth=3.0):
         super().__init__()
-        self.path = path
+        self.path, self.predict = path, predict
         self.register_buffer("frequencies", bandwidth * torch.randn(2, features))
         sizes = [2 + 4 * features + 10, *[width] * depth]
         hidden = [layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o), nn.SiLU())]
@@ -142,20 +161,23 @@ class Net(nn.Module):
         t = t[:, None]
         alpha_t, sigma_t, dalpha_t, dsigma_t = self.path.coefficients(t)
         rho = (alpha_t**2 + sigma_t**2).sqrt()
-        wave = math.pi * t * torch.arange(1, 5, device=x.device)
-        phase = x / rho @ self.frequencies
+        x, near, wave = x / rho, sigma_t / rho, math.pi * t * torch.arange(1, 5, device=x.device)
+        phase = x @ self.frequencies
         phase = torch.cat([phase.sin(), phase.cos()], 1)
-        sharp = 0.2 / (1.05 - t) * phase  # u_t varies over sigma_t, so its slopes grow as 1 / (1 - t)
-        features = [x / rho, phase, sharp, t, -torch.log(1.01 - t), wave.sin(), wave.cos()]
-        across = (dalpha_t * sigma_t - alpha_t * dsigma_t) / rho * self.layers(torch.cat(features, 1))
-        return (alpha_t * dalpha_t + sigma_t * dsigma_t) / rho**2 * x + across
+        sharp = 0.2 / (0.05 + near) * phase  # u_t varies over sigma_t: slopes of 1 / sigma_t
+        features = [x, phase, sharp, t, -torch.log(0.01 + near), wave.sin(), wave.cos()]
+        x0, x1 = near * x, alpha_t / rho * x
+        linear = {"velocity": dalpha_t * x1 + dsigma_t * x0, "noise": x0, "score": -x0 / sigma_t}
+        return linear[self.predict] + self.layers(torch.cat(features, 1))
 
 
 class Flow:
-    """A trained flow: v works on standardised points, sample and log_prob in data units, shift + scale * standardised."""
+    """A trained flow: v works on standardised points, sample and log_prob in data units."""
 
-    def __init__(self, v, path, shift, scale):
-        self.v, self.path, self.shift, self.scale = v, path, shift, scale
+    def __init__(self, net, shift, scale):
+        self.net, self.path = net.requires_grad_(False), net.path
+        self.shift, self.scale = shift, scale  # data = shift + scale * standardised
+        self.v = as_velocity(net, net.path, net.predict)
 
     def sample(self, n, **solver):
         """n samples in data units, (n, 2), by the solver of flow_matching.odeint."""
@@ -168,15 +190,8 @@ class Flow:
         return log_p - 2 * math.log(self.scale)
 
 
-def load(file):
-    """The Flow that train_toy.py wrote to file (model_<path>.pt), on the CPU."""
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or state.get("format") != "flow-matching-toy-1":
-        raise ValueError(f"{file} is not a checkpoint of train_toy.py")
-    path = PATHS[state["path"]](**state["path_options"])
-    net = Net(path)
-    net.load_state_dict(state["net"])
-    return Flow(net.requires_grad_(False), path, state["shift"], state["scale"])
+def make_path(args):
+    return PATHS[args.path](*[args.sigma_min] * (args.path == "ot"))
 
 
 def write(file, save):
@@ -186,17 +201,53 @@ def write(file, save):
     os.replace(part, file)
 
 
-def train(name, data, args):
-    """The Flow of that path after args.steps steps of Adam with cosine decay, and the seconds it took."""
+def store(flow, name, file):
+    """Writes the Flow for load."""
+    state = {"format": "flow-matching-toy-2", "path": name, "path_options": asdict(flow.path)}
+    state |= {"predict": flow.net.predict, "net": flow.net.state_dict()}
+    state |= {"shift": flow.shift, "scale": flow.scale}
+    write(file, lambda part: torch.save(state, part))
+
+
+def load(file):
+    """The Flow that train_toy.py wrote to file (model_<path>.pt), on the CPU."""
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or state.get("format") != "flow-matching-toy-2":
+        raise ValueError(f"{file} is not a checkpoint of this train_toy.py")
+    net = Net(PATHS[state["path"]](**state["path_options"]), state["predict"])
+    net.load_state_dict(state["net"])
+    return Flow(net, state["shift"], state["scale"])
+
+
+def pairs(args, data, teacher):
+    """Batches (x0, x1) without end: reflow's with a teacher; x0 = None is independent noise."""
+    if teacher:  # from noise to where its flow takes it
+        x0 = torch.randn(min(2**17, args.steps * args.batch), 2, device=args.device)
+        with torch.no_grad():
+            x1 = odeint(teacher.v, x0, teacher.path.t_span, rtol=1e-4, atol=1e-4).x
+    while True:
+        if teacher:
+            i = torch.randint(len(x0), (args.batch,), device=args.device)
+            yield x0[i], x1[i]
+            continue
+        x0, x1 = None, data.sample(args.batch).to(args.device)
+        if args.coupling == "ot":  # in groups of 128: the time of an assignment grows as their cube
+            x0 = torch.randn_like(x1)
+            x0 = torch.cat([a[ot_coupling(a, b)] for a, b in zip(x0.split(128), x1.split(128))])
+        yield x0, x1
+
+
+def fit(name, args, data, teacher=None):
+    """A Flow after args.steps steps of Adam with cosine decay, on a teacher's pairs if any."""
     torch.manual_seed(args.seed)
-    path = PATHS[name]()
-    net = Net(path).to(args.device)
+    path, objective = make_path(args), OBJECTIVES[args.objective]
+    net = Net(path, objective.get("predict", "velocity")).to(args.device)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, betas=(0.9, 0.99))
     decay = lambda i: min(1, (i + 1) / 200) * (1 + math.cos(math.pi * i / args.steps)) / 2
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, decay)
     start, shown, mean = time.time(), 0.0, None
-    for step in range(1, args.steps + 1):
-        loss = cfm_loss(net, path, data.sample(args.batch).to(args.device))
+    for step, (x0, x1) in zip(range(1, args.steps + 1), pairs(args, data, teacher)):
+        loss = cfm_loss(net, path, x1, x0=x0, **objective)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -204,15 +255,24 @@ def train(name, data, args):
         mean = loss.detach() if mean is None else mean.lerp(loss.detach(), 0.01)
         if time.time() - shown > 0.5 or step == args.steps:
             if not mean.isfinite():
-                sys.exit(f"{name}: the loss is not finite at step {step}; lower --lr, which is {args.lr}")
+                sys.exit(f"{name}: the loss is not finite at step {step}: lower --lr {args.lr}")
             shown, rate = time.time(), step / (time.time() - start)
-            line = f"\r{name}: step {step}/{args.steps}  loss {mean:.4f}  {rate:.0f} steps/s  {(args.steps - step) / rate:.0f} s left  "
+            left = f"{rate:.0f} steps/s  {(args.steps - step) / rate:.0f} s left  "
+            line = f"\r{name}: step {step}/{args.steps}  loss {mean:.4f}  {left}"
             print(line, end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    return Flow(net.requires_grad_(False), path, data.shift.to(args.device), data.scale), time.time() - start
+    return Flow(net, data.shift.to(args.device), data.scale)
 
 
-# ---- Numbers ---------------------------------------------------------------------------------------------------------
+def train(name, args, data):
+    """The Flow of these settings, args.reflow times trained again on its own pairs; seconds."""
+    start, flow = time.time(), fit(name, args, data)
+    for i in range(args.reflow):
+        flow = fit(f"{name}, reflow {i + 1}", args, data, flow)
+    return flow, time.time() - start
+
+
+# ---- Numbers -------------------------------------------------------------------------------------
 
 
 def energy_distance(x, y):
@@ -222,57 +282,91 @@ def energy_distance(x, y):
     return 2 * torch.cdist(x, y).mean().item() - within
 
 
-def measure(flow, data, args):
-    """Numbers of a flow against the truth, as a dict; held-out points and noise depend on the seed only."""
-    seed, device, n = args.seed, args.device, min(args.samples, 4000)
-    generator = torch.Generator().manual_seed(seed + 1)
-    x1, many = data.sample(n, generator), data.sample(16 * n, generator)
-    nll = -flow.log_prob((data.shift + data.scale * x1).to(device), rtol=1e-6, atol=1e-6).cpu()
+def straightness(xs):
+    """Arc length over chord of trajectories xs (T, n, d), (n,); 1 is straight."""
+    return xs.diff(dim=0).norm(dim=2).sum(0) / (xs[-1] - xs[0]).norm(dim=1)
+
+
+def likelihood(flow, data, args, x1, many):
+    """NLL against the entropy, in nats."""
+    x1 = (data.shift + data.scale * x1).to(args.device)
+    nll = -flow.log_prob(x1, rtol=1e-6, atol=1e-6).cpu()
     entropy = -data.log_prob(many).mean().item()  # of the same law: exact for the checkerboard
-    x0, u = torch.randn(many.shape, generator=generator), torch.rand(len(many), generator=generator)
-    t = flow.path.t_span[0] + (flow.path.t_span[1] - flow.path.t_span[0]) * u
-    x_t, dx_t = flow.path.psi_dpsi(t, x0, many)
+    out = {"nll": nll.mean().item(), "nll_se": (nll.std() / math.sqrt(len(nll))).item()}
+    return out | {"entropy": entropy, "gap": out["nll"] - entropy}
+
+
+def regression(flow, data, args, x0, x1, generator):
+    """Loss, least loss and their difference E|v - u|^2; None where pairs leave no closed form."""
+    if args.coupling != "independent" or args.reflow:
+        return dict.fromkeys(("loss", "floor", "excess"))
+    t0, t1 = flow.path.t_span
+    t = t0 + (t1 - t0) * torch.rand(len(x1), generator=generator)
+    x_t, dx_t = flow.path.psi_dpsi(t, x0, x1)
     field = data.field(flow.path)
     exact = torch.cat([field(t, x) for t, x in zip(t.split(4096), x_t.split(4096))])
-    v_t = flow.v(t.to(device), x_t.to(device)).cpu()
-    out = {"nll": nll.mean().item(), "nll_se": (nll.std() / math.sqrt(n)).item(), "entropy": entropy}
-    out |= {"gap": out["nll"] - entropy, "loss": (v_t - dx_t).square().mean().item()}
-    out |= {"floor": (exact - dx_t).square().mean().item(), "excess": (v_t - exact).square().mean().item()}
-    solution = sample(flow.v, flow.path, (n, 2), device=device, generator=torch.Generator(device).manual_seed(seed))
-    out |= {"nfe_mean": solution.nfe.double().mean().item(), "nfe_max": solution.nfe.max().item()}
-    truth = data.scale * data.sample(n, generator)
-    noise = flow.path.sample_source((n, 2), generator=generator).to(device)
-    out["energy"] = {"dopri5": energy_distance(data.scale * solution.x.cpu(), truth)}
-    for method, stages in STAGES.items():
-        for nfe in NFES:
-            if nfe % stages == 0:
-                x = odeint(flow.v, noise, flow.path.t_span, method, steps=nfe // stages).x
-                out["energy"][f"{method} {nfe}"] = energy_distance(data.scale * x.cpu(), truth)
+    v_t = flow.v(t.to(args.device), x_t.to(args.device)).cpu()
+    differences = {"loss": v_t - dx_t, "floor": exact - dx_t, "excess": v_t - exact}
+    return {name: d.square().mean().item() for name, d in differences.items()}
+
+
+def measure(flow, data, args):
+    """Numbers of a flow against the truth, as a dict; points and noise depend on the seed only."""
+    n, device, path = min(args.samples, 4000), args.device, flow.path
+    generator = torch.Generator().manual_seed(args.seed + 1)
+    x1, many = data.sample(n, generator), data.sample(16 * n, generator)
+    x0 = torch.randn(many.shape, generator=generator)
+    out = likelihood(flow, data, args, x1, many)
+    out |= regression(flow, data, args, x0, many, generator)
+    noise = path.sample_source((n, 2), generator=generator).to(device)
+    truth = data.sample(n, generator)
+    distance = lambda x: energy_distance(data.scale * x.cpu(), data.scale * truth)
+    with torch.no_grad():
+        solution = odeint(flow.v, noise, path.t_span)
+        nfe = solution.nfe.double()
+        out |= {"nfe_mean": nfe.mean().item(), "nfe_max": int(nfe.max())}
+        xs = odeint(flow.v, noise, torch.linspace(*path.t_span, 101).tolist(), "rk4", steps=100).xs
+        out["straightness"] = straightness(xs).mean().item()
+        out["energy"] = {"dopri5": distance(solution.x)}
+        for method, stages in STAGES.items():
+            for nfe in (nfe for nfe in NFES if nfe % stages == 0):
+                x = odeint(flow.v, noise, path.t_span, method, steps=nfe // stages).x
+                out["energy"][f"{method} {nfe}"] = distance(x)
+        for nfe in NFES if args.sde is not None else ():
+            x = sample_sde(flow.v, path, (n, 2), nfe, args.sde, device=device)
+            out["energy"][f"sde {nfe}"] = distance(x)
     return out
 
 
 def table(results):
-    """The numbers of every row, a dict of dicts, as one table of text."""
-    lines = [f"{'':10s}{'NLL':>16s}{'entropy':>9s}{'gap':>8s}{'loss':>9s}{'floor':>9s}{'excess':>8s}{'NFE':>7s}{'max':>5s}{'train s':>9s}"]
+    """The numbers of every row, a dict of dicts, as one table of text; the other solvers below."""
+    cell = lambda value: f"{'-' if value is None else f'{value:.4f}':>8s}"
+    energies = lambda r, method: "".join(cell(r["energy"].get(f"{method} {n}")) for n in NFES)
+    names = "".join(f"{name:>8s}" for name in ("loss", "floor", "excess", "NFE", "max", "arc"))
+    nfes = "".join(f"{n:8d}" for n in NFES)
+    entropy = next(iter(results.values()))["entropy"]
+    lines = [f"gap: NLL - entropy {entropy:.4f}, nats. excess: E|v - u|^2. NFE: dopri5. arc: / chord",
+             "columns 4 to 100: energy distance to the data of samples by midpoint at that NFE",
+             f"{'':16s}     gap        {names}{nfes} seconds"]  # fmt: skip
     for name, r in results.items():
-        lines.append(f"{name:10s}{r['nll']:9.4f} ±{r['nll_se']:.4f}{r['entropy']:9.4f}{r['gap']:8.4f}{r['loss']:9.4f}"
-                     f"{r['floor']:9.4f}{r['excess']:8.4f}{r['nfe_mean']:7.1f}{r['nfe_max']:5d}{r['seconds']:9.1f}")
-    lines += ["", f"energy distance of samples to data at NFE{'':11s}" + "".join(f"{nfe:>9d}" for nfe in NFES)]
-    for name, r in results.items():
-        for method in STAGES:
-            cells = [r["energy"].get(f"{method} {nfe}") for nfe in NFES]
-            lines.append(f"{name + ' ' + method:53s}" + "".join(f"{'' if c is None else f'{c:.4f}':>9s}" for c in cells))
-        lines.append(f"{name + ' dopri5':53s}{r['energy']['dopri5']:9.4f}  (NFE {r['nfe_mean']:.0f})")
+        row = f"{name:16s}{cell(r['gap'])} ±{r['nll_se']:.4f}"
+        row += cell(r["loss"]) + cell(r["floor"]) + cell(r["excess"])
+        row += f"{r['nfe_mean']:8.1f}{r['nfe_max']:8d}{r['straightness']:8.2f}"
+        lines.append(row + energies(r, "midpoint") + f"{r['seconds']:8.1f}")
+    methods = {key.split()[0] for r in results.values() for key in r["energy"]}
+    for method in sorted(methods - {"midpoint", "dopri5"}):
+        lines += ["", f"{method:80s}{nfes}"]
+        lines += [f"{name:80s}{energies(r, method)}" for name, r in results.items()]
     return "\n".join(lines)
 
 
-# ---- Pictures --------------------------------------------------------------------------------------------------------
+# ---- Pictures ------------------------------------------------------------------------------------
 
 
 def colour(z):
     """uint8 RGB (..., 3) of z in [0, 1]: dark blue through green to yellow."""
-    stops = torch.tensor([[22, 14, 52], [56, 60, 132], [33, 130, 142], [76, 194, 108], [250, 232, 60]]).float()
-    z = z.clamp(0, 1) * (len(stops) - 1)
+    stops = [[22, 14, 52], [56, 60, 132], [33, 130, 142], [76, 194, 108], [250, 232, 60]]
+    stops, z = torch.tensor(stops).float(), z.clamp(0, 1) * (len(stops) - 1)
     i = z.long().clamp(max=len(stops) - 2)
     return torch.lerp(stops[i], stops[i + 1], (z - i)[..., None]).byte()
 
@@ -281,24 +375,25 @@ def histogram(x, limit, bins=96):
     """Density of points x (n, 2) on the square [-limit, limit]^2 as (bins, bins), top row first."""
     i = ((x.cpu() + limit) / (2 * limit) * bins).floor().long()
     i = i[((i >= 0) & (i < bins)).all(1)]
-    counts = torch.bincount((bins - 1 - i[:, 1]) * bins + i[:, 0], minlength=bins**2).reshape(bins, bins)
-    return counts / len(x) * (bins / (2 * limit)) ** 2
+    counts = torch.bincount((bins - 1 - i[:, 1]) * bins + i[:, 0], minlength=bins**2)
+    return counts.reshape(bins, bins) / len(x) * (bins / (2 * limit)) ** 2
 
 
 def draw_grid(file, rows, titles, size=192):
-    """A labelled picture of rows, {label: [panel, ...]}; a panel is a density (h, w) or a finished Image."""
-    font = ImageFont.load_default(size=15)
-    canvas = Image.new("RGB", (78 + len(titles) * (size + 6), 28 + len(rows) * (size + 6)), "white")
+    """A picture of rows, {label: [panel, ...]}; a panel is a density (h, w) or a finished Image."""
+    font, pitch, top = ImageFont.load_default(size=15), size + 6, 28
+    left = 18 + int(max(map(font.getlength, rows)))
+    canvas = Image.new("RGB", (left + len(titles) * pitch, top + len(rows) * pitch), "white")
     pen = ImageDraw.Draw(canvas)
     for j, title in enumerate(titles):
-        pen.text((78 + j * (size + 6) + size / 2, 14), title, "black", font, anchor="mm")
+        pen.text((left + j * pitch + size / 2, 14), title, "black", font, anchor="mm")
     for i, (label, panels) in enumerate(rows.items()):
-        pen.text((72, 28 + i * (size + 6) + size / 2), label, "black", font, anchor="rm")
+        pen.text((left - 8, top + i * pitch + size / 2), label, "black", font, anchor="rm")
         for j, panel in enumerate(panels):
             if isinstance(panel, torch.Tensor):
                 panel = Image.fromarray(colour(panel).numpy())
             method = Image.Resampling.NEAREST if panel.width < size else Image.Resampling.LANCZOS
-            canvas.paste(panel.resize((size, size), method), (78 + j * (size + 6), 28 + i * (size + 6)))
+            canvas.paste(panel.resize((size, size), method), (left + j * pitch, top + i * pitch))
     write(file, lambda part: canvas.quantize(64).save(part, "PNG", optimize=True))
 
 
@@ -315,77 +410,168 @@ def draw_paths(xs, limit, size=768):
     return image
 
 
+def draw_field(u, size=192):
+    """An Image of a field u (96^2, 2), top row first: size as colour, direction as strokes."""
+    u = u.reshape(96, 96, 2)
+    speed = u.norm(dim=2, keepdim=True)
+    image = Image.fromarray(colour((speed / speed.max())[..., 0]).numpy()).resize((size, size))
+    pen = ImageDraw.Draw(image)
+    for i in range(6, 96, 12):
+        for j in range(6, 96, 12):
+            dx, dy = (u[i, j] / speed[i, j] * size / 16).tolist()
+            x, y = j * size / 96, i * size / 96
+            pen.line((x, y, x + dx, y - dy), "white", 1)
+            pen.ellipse((x - 1.5, y - 1.5, x + 1.5, y + 1.5), "white")
+    return image
+
+
+def grid_of(limit, bins=96):
+    """Centres of the bins of histogram, (bins^2, 2), top row first."""
+    axis = (torch.arange(bins) + 0.5) / bins * 2 * limit - limit
+    return torch.stack(torch.meshgrid(axis, axis.flip(0), indexing="xy"), -1).reshape(-1, 2)
+
+
 def draw(flows, data, args):
-    """density.png and nfe.png (the paper's Figure 4), trajectories.png and likelihood.png, a row per flow."""
+    """density.png and nfe.png (Figure 4), trajectories.png and likelihood.png, a row per flow."""
     limit = 1.15 * (data.scale * data.sample(20000)).abs().quantile(0.999).item()
     peak = histogram(data.scale * data.sample(100000), limit).quantile(0.97)
     show = lambda x: histogram(data.scale * x, limit) / peak
-    times = [0, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1]
     density, nfe, paths, likelihood = {}, {}, {}, {}
-    axis = (torch.arange(96) + 0.5) / 96 * 2 * limit - limit
-    grid = torch.stack(torch.meshgrid(axis, axis.flip(0), indexing="xy"), -1).reshape(-1, 2)
-    truth = (data.log_prob(grid.to(torch.float32) / data.scale).exp() / peak).reshape(96, 96)
+    grid = grid_of(limit)
+    truth = (data.log_prob(grid / data.scale).exp() / peak).reshape(96, 96)
     for name, flow in flows.items():
-        generator = torch.Generator().manual_seed(args.seed)
+        generator, span = torch.Generator().manual_seed(args.seed), flow.path.t_span
         x0 = flow.path.sample_source((args.samples, 2), generator=generator).to(args.device)
-        t = [min(s, flow.path.t_span[1]) for s in times]
-        density[name] = [show(x) for x in odeint(flow.v, x0, t, rtol=1e-3, atol=1e-3).xs]
-        nfe[name] = [show(odeint(flow.v, x0, flow.path.t_span, "midpoint", steps=n // 2).x) for n in (4, 8, 10, 20)] + [show(data.sample(args.samples))]
-        t = torch.linspace(*flow.path.t_span, 51).tolist()
-        xs = data.scale * odeint(flow.v, x0[:200], t, "rk4", steps=50).xs
-        paths[name] = [draw_paths(xs, 1.3 * limit)]
-        learned = flow.log_prob((data.shift + grid).to(args.device), rtol=1e-3, atol=1e-3).cpu().exp()
-        likelihood[name] = [(learned / peak).reshape(96, 96), truth]
-    draw_grid(args.out / "density.png", density, ["t = 0", "1/6", "1/3", "1/2", "2/3", "5/6", "t = 1"])
+        times = [min(i / 6, span[1]) for i in range(7)]
+        density[name] = [show(x) for x in odeint(flow.v, x0, times, rtol=1e-3, atol=1e-3).xs]
+        fast = [odeint(flow.v, x0, span, "midpoint", steps=n // 2).x for n in (4, 8, 10, 20)]
+        nfe[name] = [show(x) for x in (*fast, data.sample(args.samples))]
+        xs = odeint(flow.v, x0[:200], torch.linspace(*span, 51).tolist(), "rk4", steps=50).xs
+        paths[name] = [draw_paths(data.scale * xs, 1.3 * limit)]
+        learned = flow.log_prob((data.shift + grid).to(args.device), rtol=1e-3, atol=1e-3)
+        likelihood[name] = [(learned.cpu().exp() / peak).reshape(96, 96), truth]
+    titles = ["t = 0", "1/6", "1/3", "1/2", "2/3", "5/6", "t = 1"]
+    draw_grid(args.out / "density.png", density, titles)
     draw_grid(args.out / "nfe.png", nfe, ["NFE 4", "8", "10", "20", "data"])
     draw_grid(args.out / "trajectories.png", paths, ["200 trajectories"], size=480)
-    draw_grid(args.out / "likelihood.png", likelihood, ["learned density", "true density"], size=288)
+    titles = ["learned density", "true density"]
+    draw_grid(args.out / "likelihood.png", likelihood, titles, size=288)
+
+
+def draw_conditional(data, args):
+    """fields.png (Figures 2, 8), paths.png (Figure 3, marginals below); returns numbers as text."""
+    torch.manual_seed(args.seed)
+    x1, limit, times = torch.tensor([[1.0, 0.6]]), 2.5, torch.tensor([0, 1 / 3, 2 / 3, 1])
+    ot, vp, grid = OTPath(args.sigma_min), PATHS["vp"](), grid_of(limit)
+    fields = {}
+    for label, u in {"score, VP": vp.score, "velocity, VP": vp.u, "velocity, OT": ot.u}.items():
+        fields[label] = [draw_field(u(t, grid, x1)) for t in times.clamp(max=vp.t_span[1])]
+    draw_grid(args.out / "fields.png", fields, ["t = 0", "t = 1/3", "t = 2/3", "t = 1"])
+    lines, panels = ["arc length / chord        mean  median"], {"conditional": [], "marginal": []}
+    x0, x1 = torch.randn(2, 20_000, 2)
+    paths = {"ot": ot, "vp": vp, "cosine": PATHS["cosine"](), "ve": PATHS["ve"]()}
+    for name, path in paths.items():
+        t = torch.linspace(*path.t_span, 101)
+        conditional = torch.stack([path.psi(s.expand(len(x0)), x0, x1) for s in t])
+        start = path.source_std * x0[: min(args.samples, 1000)]
+        marginal = odeint(data.field(path), start, t.tolist()).xs
+        for kind, xs in ("conditional", conditional), ("marginal", marginal):
+            bend = straightness(xs)
+            lines.append(f"{kind:12s}{name:8s}{bend.mean():10.3f}{bend.median():8.3f}")
+            panels[kind].append(draw_paths(xs[:, :40], limit * (4 if name == "ve" else 1)))
+    draw_grid(args.out / "paths.png", panels, ["OT", "VP", "cosine", "VE"], size=288)
+    gaussian, x0 = Mixture(torch.zeros(1, 2), 1.0).field(OTPath(0.0)), torch.randn(100_000, 2)
+    lines += ["", "N exact Euler steps to N(0, I) data   std"]
+    for n in (1, 2, 4, 8, 16, 32):
+        x = odeint(gaussian, x0, (0, 1 - 1e-5), "euler", steps=n).x
+        lines.append(f"{n:2d}{x.std() / x0.std():39.2f}")
+    return "\n".join(lines)
+
+
+# ---- Command line --------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
     """The settings, checked: a mistake ends with one line and exit code 2."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--path", nargs="+", choices=sorted(PATHS), default=["ot"], help="probability path or paths (ot)")
-    p.add_argument("--data", default="checkerboard", help="checkerboard, moons, 8gaussians, spirals, rings or a PNG file (checkerboard)")
-    p.add_argument("--steps", type=int, default=7000, help="optimizer steps (%(default)s)")
-    p.add_argument("--batch", type=int, default=2048, help="samples a step (%(default)s)")
-    p.add_argument("--lr", type=float, default=4e-3, help="peak learning rate (%(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="seeds weights, data and noise (%(default)s)")
-    p.add_argument("--samples", type=int, default=50000, help="points in the pictures; up to 4000 are measured (%(default)s)")
-    p.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder for pictures, numbers and weights (%(default)s)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps (%(default)s)")
+    Formatter = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+
+    def flag(name, default, help, **kind):
+        p.add_argument("--" + name, default=default, help=f"{help} (%(default)s)", **kind)
+
+    flag("path", ["ot"], "probability path or paths, Section 4.1", nargs="+", choices=PATHS)
+    flag("objective", "velocity", "what is learned, by which weight, Table 1", choices=OBJECTIVES)
+    couplings = ("independent", "ot")
+    flag("coupling", "independent", "ot: minibatch assignment, needs SciPy", choices=couplings)
+    flag("reflow", 0, "rounds of training again on the flow's own pairs", type=int, metavar="N")
+    flag("sigma-min", 1e-4, "sigma_min of the OT path, Eq. (20)", type=float, metavar="X")
+    flag("sde", None, "sample by the SDE with diffusion g too", type=float, metavar="G")
+    flag("data", "checkerboard", "checkerboard, moons, 8gaussians, spirals, rings or a PNG file")
+    flag("steps", 7000, "optimizer steps", type=int)
+    flag("batch", 2048, "samples a step", type=int)
+    flag("lr", 4e-3, "peak learning rate", type=float)
+    flag("seed", 0, "seeds weights, data and noise", type=int)
+    flag("samples", 50000, "points in the pictures; up to 4000 are measured", type=int)
+    flag("out", Path("runs/toy"), "folder for pictures, numbers and weights", type=Path)
+    flag("device", "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or mps")
+    flag("ablation", False, "train " + ", ".join(ABLATION), action="store_true")
+    flag("figure", None, "draw closed forms, train nothing", choices=("conditional",))
     args = p.parse_args(argv)
-    for flag in ("steps", "batch", "samples"):
-        if getattr(args, flag) < 1:
-            p.error(f"--{flag} must be at least 1; got {getattr(args, flag)}")
-    if not 0 < args.lr < math.inf:
-        p.error(f"--lr must be a positive number; got {args.lr}")
+    least = {"steps": 1, "batch": 1, "samples": 2, "reflow": 0, "sde": 0.0, "lr": 1e-9, "seed": 0}
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value < math.inf:
+            p.error(f"--{name} must be at least {low} and finite; got {value}")
+    rows = ABLATION if args.ablation else {name: {"path": name} for name in args.path}
+    args.rows = {name: argparse.Namespace(**{**vars(args), **row}) for name, row in rows.items()}
+    for row in args.rows.values():
+        try:
+            check(row)
+        except (ValueError, ImportError) as e:
+            names = ("path", "objective", "coupling", "reflow", "sigma_min", "sde")
+            given = {f"--{k.replace('_', '-')} {getattr(row, k)}": p.get_default(k) for k in names}
+            given = [text for text, default in given.items() if not text.endswith(f" {default}")]
+            p.error(f"{' '.join(given)} do not go together: {e}")
     try:
         torch.zeros(1, device=args.device)
         args.target = make_data(args.data)
         args.out.mkdir(parents=True, exist_ok=True)
     except (RuntimeError, AssertionError) as e:
-        p.error(f"--device {args.device} cannot be used here ({str(e).splitlines()[0]}); try --device cpu")
+        why = str(e).splitlines()[0]
+        p.error(f"--device {args.device} cannot be used here ({why}); try --device cpu")
     except (OSError, ValueError) as e:
         p.error(f"{e}; --data takes a name or a PNG file, --out a folder that can be written")
     return args
 
 
+def check(args):
+    """Raises ValueError for settings that do not go together: tries loss and velocity."""
+    path, x, objective = make_path(args), torch.zeros(3, 2), OBJECTIVES[args.objective]
+    x0 = x[ot_coupling(x, x)] if args.coupling == "ot" else x if args.reflow else None
+    cfm_loss(lambda t, x: x, path, x, x0, **objective)
+    as_velocity(lambda t, x: x, path, objective.get("predict", "velocity"))(torch.zeros(3), x)
+    if x0 is not None and args.sde is not None:
+        raise ValueError("the SDE needs the score, which v tells only for independent pairs")
+
+
 def main(argv=None):
     args = parse_args(argv)
-    print("settings: " + "  ".join(f"{k} {v}" for k, v in vars(args).items() if k != "target"))
+    settings = {k: v for k, v in vars(args).items() if k not in ("target", "rows")}
+    print("settings: " + "  ".join(f"{k} {v}" for k, v in settings.items()))
+    if args.figure:
+        text, files = draw_conditional(args.target, args), "fields.png and paths.png"
+        return print(f"{text}\n\n{files} are in {args.out}")
     flows, results = {}, {}
-    for name in dict.fromkeys(args.path):
-        flow, seconds = train(name, args.target, args)
-        flows[name], results[name] = flow, {**measure(flow, args.target, args), "seconds": seconds}
-        state = {"format": "flow-matching-toy-1", "path": name, "path_options": asdict(flow.path)}
-        state |= {"net": flow.v.state_dict(), "shift": flow.shift, "scale": flow.scale}
-        write(args.out / f"model_{name}.pt", lambda part: torch.save(state, part))
+    for name, row in args.rows.items():
+        flows[name], seconds = train(name, row, args.target)
+        store(flows[name], row.path, args.out / f"model_{re.sub('[, ]+', '_', name)}.pt")
+        results[name] = {**measure(flows[name], args.target, row), "seconds": seconds}
     draw(flows, args.target, args)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "target"}
-    text = json.dumps({"settings": settings, "torch": torch.__version__, "results": results}, indent=1)
-    write(args.out / "metrics.json", lambda part: part.write_text(text))
-    print(table(results) + f"\n\npictures, metrics.json and weights are in {args.out}")
+    state = {"settings": settings, "torch": torch.__version__, "results": results}
+    for file, text in {"metrics.json": json.dumps(state, indent=1, default=str),
+                       "table.txt": table(results)}.items():  # fmt: skip
+        write(args.out / file, lambda part: part.write_text(text, encoding="utf-8"))
+    print(f"{text}\n\npictures, table.txt, metrics.json and weights are in {args.out}")
 
 
 if __name__ == "__main__":
