@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""Flow Matching for Generative Modeling (Lipman et al., ICLR 2023) in one file: copy it, it needs torch only.
+"""Flow Matching for Generative Modeling (Lipman et al., ICLR 2023) in one file: copy it, it needs torch >= 2.4 only.
 
 Equation numbers are those of arXiv:2210.02747v2. Time runs from noise, t = 0, to data, t = 1. x, x0 (noise) and
 x1 (data) are (B, *dims). A vector field is any callable v(t, x, **cond) -> (B, *dims) with t of shape (B,); keyword
 tensors in cond have B rows and follow their samples through loss, solver and likelihood. Lines marked `Departure:`
 differ from the paper and say why. psi takes standard normal x0; a solve starts from N(0, path.source_std^2 I).
 
-    1 Paths          ConditionalFlow, GaussianPath, AffinePath, OTPath, VPPath, VEPath, CosinePath     Eqs. (10)-(22)
-    2 Loss           cfm_loss, as_velocity, ot_coupling                                                Eqs. (14), (43)-(46)
-    3 Exact marginal Marginal: p_t and u_t of a finite data set                                        Eqs. (6), (8)
-    4 Solvers        odeint, sample, sample_sde, guided                                                Eq. (1)
-    5 Likelihood     log_prob, bits_per_dim                                                            Eqs. (27)-(37), (47)
-    6 UNet           UNet, the network of the paper's image experiments                                App. E, Table 3
+    1 Paths           ConditionalFlow, GaussianPath, AffinePath, OTPath, VPPath, VEPath, CosinePath    Eqs. (10)-(22)
+    2 Loss            cfm_loss, as_velocity, ot_coupling, OBJECTIVES                             Eqs. (14), (43)-(46)
+    3 Exact marginal  Marginal: p_t and u_t of a finite data set                                         Eqs. (6), (8)
+    4 Solvers         odeint, sample, sample_sde, guided                                                       Eq. (1)
+    5 Likelihood      log_prob, bits_per_dim                                                     Eqs. (27)-(37), (47)
+    6 UNet            UNet, the network of the paper's image experiments                              App. E, Table 3
 """
 import functools
 import heapq
@@ -182,7 +182,8 @@ class AffinePath(GaussianPath):
 
         def divisor(d):
             if (d == 0).any():
-                raise ValueError(f"{source} does not tell {target} at t = {t[d == 0][0].item():.6g} of {self!r}; keep away")
+                where = f"t = {t[d == 0][0].item():.6g} of {self!r}"
+                raise ValueError(f"{source} does not tell {target} at {where}; keep away")
             return d
 
         if source == "velocity":
@@ -313,10 +314,10 @@ def cfm_loss(v, path, x1, x0=None, t=None, reduction="mean", predict="velocity",
     x1: (B, *dims) data. x0: (B, *dims), given for pair conditioning z = (x0, x1), else it is noise, your own draw from
     N(0, I), or a fresh one. t: () or (B,), else drawn stratified. cond: tensors of B rows for v. Its minimum is not 0
     but E Var[dpsi | x_t].
-    predict: what v gives, "velocity", "noise" (Eq. (45), DDPM), "score" (Eq. (43), the true score, not the paper's minus)
-    or "data". weight: lambda(t) of Eq. (43), a function of t (B,) or "sigma^2" (score matching) or "beta" (ScoreFlow).
-    Raises ValueError for shapes that do not match, data that is not finite floating point, t outside path.t_span
-    and x0 for a path whose psi_0 is not the identity.
+    predict: what v gives, "velocity", "noise" (Eq. (45), DDPM), "score" (Eq. (43), the score itself, not the paper's
+    minus) or "data". weight: lambda(t) of Eq. (43), a function of t (B,), "sigma^2" (score matching) or "beta"
+    (ScoreFlow). Raises ValueError for shapes that do not match, data that is not finite floating point, t outside
+    path.t_span and x0 for a path whose psi_0 is not the identity.
     """
     _check_path(path)
     _check_batch("x1", x1, wait=False)  # on a GPU no look at the values, which would wait for it: the loss turns NaN
@@ -325,8 +326,10 @@ def cfm_loss(v, path, x1, x0=None, t=None, reduction="mean", predict="velocity",
         raise ValueError(f"reduction must be 'mean' or 'none'; got {reduction!r}")
     if predict not in ("velocity", "noise", "score", "data"):
         raise ValueError(f"predict must be velocity, noise, score or data; got {predict!r}")
-    if not (weight is None or callable(weight) or weight == "sigma^2" or (weight == "beta" and hasattr(path, "beta"))):
-        raise ValueError(f"weight must be None, a function of t, 'sigma^2', or 'beta' on VPPath; got {weight!r} on {path!r}")
+    weights = {"sigma^2": lambda t: path.coefficients(t)[1].square(), "beta": lambda t: path.beta(1 - t)}
+    if not (weight is None or callable(weight) or weight in ("sigma^2", *["beta"] * hasattr(path, "beta"))):
+        rule = "weight must be None, a function of t, 'sigma^2', or 'beta' on VPPath"
+        raise ValueError(f"{rule}; got {weight!r} on {path!r}")
     if t is None:
         # Departure: t ~ U[t_span] row by row, but stratified over the batch, which lowers the variance of the loss.
         u = torch.rand((), device=x1.device) + torch.arange(len(x1), device=x1.device) / len(x1)
@@ -334,8 +337,9 @@ def cfm_loss(v, path, x1, x0=None, t=None, reduction="mean", predict="velocity",
     else:
         t = _check_times(t, x1, path.t_span)
     if x0 is not None and (noise is not None or not path.psi0_is_identity):
-        raise ValueError(f"x0 cannot be paired on {path!r}: psi_0(x0) is not x0 there; use OTPath or CosinePath"
-                         if noise is None else "x0, your pairs, and noise, a draw independent of x1, exclude each other")
+        if noise is not None:
+            raise ValueError("x0, your pairs, and noise, a draw independent of x1, exclude each other; leave one out")
+        raise ValueError(f"x0 cannot be paired on {path!r}: psi_0(x0) is not x0 there; use OTPath or CosinePath")
     name, x0 = ("noise", noise) if x0 is None else ("x0", x0)
     if x0 is None:
         x0 = torch.randn_like(x1)
@@ -352,13 +356,12 @@ def cfm_loss(v, path, x1, x0=None, t=None, reduction="mean", predict="velocity",
     # Departure: Eq. (14) sums over dimensions; the mean keeps the learning rate independent of their number.
     loss = (v_t - target).square().reshape(len(x1), -1).mean(1)
     if weight is not None:
-        named = {"sigma^2": lambda t: path.coefficients(t)[1].square(), "beta": lambda t: path.beta(1 - t)}
-        loss = loss * named.get(weight, weight)(t)
+        loss = loss * weights.get(weight, weight)(t)
     return loss.mean() if reduction == "mean" else loss
 
 
 def as_velocity(model, path, predict):
-    """The vector field of a network that predicts "score", "noise", "data" or "velocity" on an affine path, Eq. (46)."""
+    """The vector field of a network that predicts "score", "noise", "data" or "velocity" on its path, Eq. (46)."""
     return lambda t, x, **cond: path.convert(t, x, model(t, x, **cond), predict, "velocity")
 
 
@@ -398,7 +401,7 @@ class Marginal:
         self._sq_norm = torch.linalg.vector_norm(self.data, dim=1).square()  # (N,)
 
     def _map(self, f, t, x):
-        """f(log w, alpha_t, sigma_t, x), chunk by chunk; log w: (Q, N) = log N(x | alpha_t x_i, sigma_t^2 I) + const."""
+        """f(log w, alpha_t, sigma_t, x), chunk by chunk; log w: (Q, N), log N(x | alpha_t x_i, sigma_t^2 I) + const."""
         _check_batch("x", x, wait=False)
         t, x, (N, d) = _check_times(t, x, self.path.t_span), x.reshape(len(x), -1), self.data.shape
         if x.shape[1] != d or x.dtype != self.data.dtype:
@@ -450,7 +453,7 @@ class Marginal:
 
 
 class Tableau(NamedTuple):
-    """Stage i calls v at (t + C[i] h, x + h sum_j A[i][j] k_j); the step is x + h sum_j B[j] k_j, error h sum_j E[j] k_j."""
+    """Stage i calls v at (t + C[i] h, x + h sum_j A[i][j] k_j); the step is h sum_j B[j] k_j, its error has E for B."""
 
     C: tuple
     A: tuple
@@ -536,8 +539,8 @@ def sample(v, path, shape, device=None, dtype=None, generator=None, **solver):
 def sample_sde(v, path, shape, steps, g=1.0, device=None, dtype=None, generator=None, **cond):
     """Samples, (B, *dims), of dx = (v + g^2 / 2 score) dt + g dw by Euler-Maruyama, the last step without noise.
 
-    Any g, a number or a function of t, has the marginals of the ODE, its case g = 0; v must be the velocity on an affine
-    path. With g = path.noising(t, x)[1] it is the reverse SDE of Song et al. (2021).
+    Any g, a number or a function of t, has the marginals of the ODE, its case g = 0; v must be the velocity on an
+    affine path. With g = path.noising(t, x)[1] it is the reverse SDE of Song et al. (2021).
     """
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a whole number >= 1; got {steps!r}")
@@ -575,12 +578,15 @@ def _solve(f, x, t, method, steps, rtol, atol, max_nfe, split, cond):
     grid = torch.as_tensor(t, dtype=x.dtype, device="cpu")
     order = grid.diff().sign() if grid.ndim == 1 else grid.new_zeros(1)
     if len(order) == 0 or not grid.isfinite().all() or not (order == order[0]).all() or order[0] == 0:
-        raise ValueError(f"t must be two or more finite times, strictly rising or strictly falling in {x.dtype}; got {t}")
+        raise ValueError(f"t must be two or more finite times, strictly rising or strictly falling in {x.dtype}; "
+                         f"got {t}")
     t = t.tolist() if isinstance(t, Tensor) else [float(s) for s in t]
     if method == "dopri5":
-        rtol, atol, max_nfe = 1e-5 if rtol is None else rtol, 1e-5 if atol is None else atol, 10_000 if max_nfe is None else max_nfe
+        rtol, atol = 1e-5 if rtol is None else rtol, 1e-5 if atol is None else atol
+        max_nfe = 10_000 if max_nfe is None else max_nfe
         if steps is not None:
-            raise ValueError(f"steps = {steps} does not go with dopri5, which picks its own; set rtol and atol, or method='rk4'")
+            raise ValueError(f"steps = {steps} does not go with dopri5, which picks its own; set rtol and atol, "
+                             "or method='rk4'")
         if not isinstance(max_nfe, int) or max_nfe < 8:
             raise ValueError(f"max_nfe must be a whole number >= 8, the calls of one step; got {max_nfe!r}")
         if not (rtol >= 0 and atol >= 0 and 0 < rtol + atol < math.inf):
@@ -589,7 +595,8 @@ def _solve(f, x, t, method, steps, rtol, atol, max_nfe, split, cond):
     if not (rtol is None and atol is None and max_nfe is None):
         raise ValueError(f"rtol, atol and max_nfe are for dopri5; {method} takes steps alone")
     if not isinstance(steps, int) or steps < len(t) - 1:
-        raise ValueError(f"{method} needs steps, a whole number, at least one for each of the {len(t) - 1} intervals; got {steps}")
+        raise ValueError(f"{method} needs steps, a whole number, at least one for each of the {len(t) - 1} intervals; "
+                         f"got {steps}")
     return _plain(_fixed_steps, f, x, t, METHODS[method], steps, cond)
 
 
@@ -617,7 +624,7 @@ def _tensors(tableau, x):
 
 
 def _workspace(x, stages):
-    """Views of one buffer for h times the slopes: each in the shape of x (B, *dims), and the first i as columns (B d, i).
+    """Views of one buffer for h times the slopes: one in the shape of x (B, *dims) each; the first i as (B d, i).
 
     None with gradients, which a buffer that is written again would spoil.
     """
@@ -628,7 +635,7 @@ def _workspace(x, stages):
 
 
 def _rk_step(f, C, A, t, t_new, x, k, cond, workspace):
-    """x at t_new, h times all slopes (B d, stages), and the last slope of one explicit Runge-Kutta step; k = f(t, x)."""
+    """x at t_new, h times all slopes (B d, stages), and the last slope of an explicit Runge-Kutta step; k = f(t, x)."""
     shape, x, (rows, columns), hks = x.shape, x.reshape(-1), workspace, []
     T = torch.lerp(t, t_new, C).unbind()  # never leaves [t, t_new], and ends on it exactly
     h = (t_new - t).view(-1, *(1,) * (len(shape) - 1))
@@ -666,8 +673,8 @@ def _fixed_steps(f, x, t, tableau, steps, cond):
             nfe += len(C)
             if not x_new.isfinite().all():
                 i = _first(~x_new.isfinite())
-                raise SolverError(f"the step of {b - a:.1e} / {n} from t = {s[i]:.6g} is not finite in sample {i} after "
-                                  f"{nfe} calls; is v finite there? take more steps", s, x)
+                what = f"the step of {b - a:.1e} / {n} from t = {s[i]:.6g} is not finite in sample {i}"
+                raise SolverError(f"{what} after {nfe} calls; is v finite there? take more steps", s, x)
             x = x_new
         xs.append(x)
     count = torch.full((len(x),), steps, device=x.device)
@@ -684,6 +691,14 @@ def _rms(e, split):
     e = e.reshape(len(e), -1)
     blocks = (e,) if split is None else (e[:, :split], e[:, split:])
     return functools.reduce(torch.maximum, [torch.linalg.vector_norm(b, dim=1) * b.shape[1] ** -0.5 for b in blocks])
+
+
+def _judge(x, x_new, e, step, rtol, atol, split):
+    """Whether each row's step from x to x_new is good, its error e in units of the tolerances, and the next step."""
+    error = _rms(e / (torch.maximum(x.abs(), x_new.abs()) * rtol + atol), split)
+    ok = (error <= 1) & (step != 0)  # False also where error is not a number
+    factor = (0.9 * torch.exp(-0.2 * torch.log(error))).clamp(0.2, 3)
+    return ok, error, step * torch.where(factor.isnan(), 0.2, factor)
 
 
 def _why_stuck(ok, error, step, t_new, grid):
@@ -727,11 +742,8 @@ def _dopri5(f, x, t, rtol, atol, max_nfe, split, cond):
         x_new, K, k_new = _rk_step(f, C, A, t, t_new, x, k, cond, space)
         calls += 6
         with torch.no_grad():
-            scale = torch.maximum(x.abs(), x_new.abs()) * rtol + atol
-            error = _rms(torch.mv(K, E).view(x.shape) / scale, split)
             step, h_old = t_new - t, h
-            ok = (error <= 1) & (step != 0)  # False also where error is not a number
-            h = step * (0.9 * torch.exp(-0.2 * torch.log(error))).clamp(0.2, 3)
+            ok, error, h = _judge(x, x_new, torch.mv(K, E).view(x.shape), step, rtol, atol, split)
         if ok.all():
             t, x, k = t_new, x_new, k_new
         else:
@@ -739,7 +751,6 @@ def _dopri5(f, x, t, rtol, atol, max_nfe, split, cond):
                 fail(*stuck)
             t, ok_x = torch.where(ok, t_new, t), ok.view(-1, *(1,) * (x.ndim - 1))
             x, k = torch.where(ok_x, x_new, x), torch.where(ok_x, k_new, k)
-            h = torch.where(h.isnan(), 0.2 * step, h)
             rejected[row] += ~ok
         arrived = hit & ok
         if arrived.any():
@@ -759,8 +770,8 @@ def _dopri5(f, x, t, rtol, atol, max_nfe, split, cond):
 def _first_step(f, t, x, k, span, rtol, atol, split, cond):
     """A first step (B,), signed, from two slopes a little apart, inside the first interval.
 
-    After Hairer, Norsett & Wanner (1993), II.4, whose h1 serves as the lower bound. A field of rate L = |v'| / |v| has an
-    error near |v| L^4 h^5 / 1000; to set it to 0.1 saves a fifth of the calls on easy fields.
+    After Hairer, Norsett & Wanner (1993), II.4, whose h1 serves as the lower bound. A field of rate L = |v'| / |v|
+    has an error near |v| L^4 h^5 / 1000; to set it to 0.1 saves a fifth of the calls on easy fields.
     """
     scale = atol + rtol * x.abs()
     d0, d1 = _rms(x / scale, split), _rms(k / scale, split)
@@ -776,7 +787,7 @@ def _first_step(f, t, x, k, span, rtol, atol, split, cond):
 
 
 class LogProb(NamedTuple):
-    """log_prob: (B,) in nats; std_err: (B,) of it over the probes (0 if exact, NaN for one); x0: (B, *dims); nfe: (B,)."""
+    """log_prob: (B,) in nats; std_err: (B,) over the probes, 0 if exact, NaN for one; x0: (B, *dims); nfe: (B,)."""
 
     log_prob: Tensor
     std_err: Tensor
@@ -790,11 +801,12 @@ def log_prob(v, x1, path=None, divergence="exact", probes=1, differentiable=Fals
 
     x1: (B, *dims) of any shape. path: gives t_span and source_std; None means [0, 1] and N(0, I). divergence: "exact"
     trace (d products a call) or "hutchinson", Eq. (34), with `probes` Rademacher vectors drawn once a solve.
-    differentiable: whether gradients reach v's weights and x1, for training by maximum likelihood. cond and the solver's
-    keywords: as in odeint. The log-determinant is held to the tolerances as a block of its own.
+    differentiable: whether gradients reach v's weights and x1, for training by maximum likelihood. cond and the
+    solver's keywords: as in odeint. The log-determinant is held to the tolerances as a block of its own.
     Raises ValueError for bad arguments, SolverError as odeint does.
     """
-    _check_path(path or OTPath())
+    if path is not None:
+        _check_path(path)
     _check_batch("x1", x1)
     _check_cond(cond, x1)
     if divergence not in ("exact", "hutchinson"):
@@ -865,7 +877,7 @@ def _vjps(v_t, x, rows, create_graph, more=False):
 
 
 class BitsPerDim(NamedTuple):
-    """bpd: (B,) bits per dimension; std_err: (B,) of it over the Hutchinson probes, NaN for one; nfe: (B,) over all K solves."""
+    """bpd: (B,) bits per dimension; std_err: (B,) over Hutchinson probes, NaN for one; nfe: (B,) of all K solves."""
 
     bpd: Tensor
     std_err: Tensor
@@ -895,7 +907,7 @@ def bits_per_dim(v, images, K=1, path=None, divergence="hutchinson", **options):
     return BitsPerDim(bpd, std_err, sum(draw.nfe for draw in draws))
 
 
-# ---- 6 UNet, Appendix E and Table 3: the network of Dhariwal & Nichol (2021), "ADM" -----------------------------------
+# ---- 6 UNet, Appendix E and Table 3: the network of Dhariwal & Nichol (2021), "ADM" ----------------------------------
 
 
 def group_norm(channels):

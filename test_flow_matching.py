@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from itertools import combinations_with_replacement, permutations
 from pathlib import Path
 
@@ -1256,14 +1256,99 @@ def run(*command, cwd=HERE, timeout=120, **env):
 README = (HERE / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_module_alone_runs_the_readmes_example(tmp_path):
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+COMMANDS += re.findall(r"`((?:python|torchrun) [^`]+)`", README)
+SHORT_TOY, SHORT_CIFAR = re.findall(r"append\s`(--[^`]+)`", README)
+
+
+@pytest.mark.parametrize("block", range(len(BLOCKS)))
+def test_readme_python_runs_where_there_is_torch_and_the_module_alone(tmp_path, block):
     (tmp_path / "flow_matching.py").write_text((HERE / "flow_matching.py").read_text(encoding="utf-8"), encoding="utf-8")
-    example = re.search(r"```python\n(.*?)```", README, re.S)[1]
-    block = "import sys\nfor name in ('torchvision', 'scipy', 'PIL'): sys.modules[name] = None\n"
+    alone = "import sys\nfor name in ('numpy', 'torchvision', 'scipy', 'PIL'): sys.modules[name] = None\n"
     quiet = "import torch\nbefore = torch.get_rng_state()\nimport flow_matching\nassert torch.equal(before, torch.get_rng_state())\n"
-    (tmp_path / "example.py").write_text(block + quiet + example, encoding="utf-8")
+    (tmp_path / "example.py").write_text(alone + quiet + BLOCKS[block], encoding="utf-8")
     done = run("-W", "error", "-W", "ignore:Failed to initialize NumPy", "example.py", cwd=tmp_path)
-    assert done.returncode == 0 and done.stderr == "" and done.stdout.count("tensor(") == 2, done.stderr
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    if "guided" in BLOCKS[block]:  # labels follow their samples
+        shares = [float(share) for share in re.findall(r"^guidance .*: (\d\.\d+)", done.stdout, re.M)]
+        assert 0.75 < shares[0] < shares[1] and shares[1] > 0.95
+    else:
+        assert done.stdout.count("tensor(") == 2
+
+
+SECTIONS = {  # each with the helpers at the top, and nothing else of the file
+    "12": "assert cfm_loss(lambda t, x: x, OTPath(), torch.randn(4, 2)) > 0",
+    "4": "assert odeint(lambda t, x: -x, torch.ones(3, 2)).x.sub(math.exp(-1)).abs().max() < 1e-4",
+    "45": "assert log_prob(lambda t, x: 0 * x, torch.zeros(3, 2)).log_prob.add(math.log(2 * math.pi)).abs().max() < 1e-4",
+    "6": "assert UNet(8, channels=8, channel_mult=(1, 1), attention=(), head_channels=8)(0.5, torch.randn(2, 3, 8, 8)).shape == (2, 3, 8, 8)",
+}
+
+
+@pytest.mark.parametrize("numbers", SECTIONS)
+def test_sections_of_the_module_work_alone(numbers, tmp_path):
+    top, *sections = re.split(r"^(?=# ---- \d )", (HERE / "flow_matching.py").read_text(encoding="utf-8"), flags=re.M)
+    assert [section[7] for section in sections] == list("123456")
+    text = top + "".join(sections[int(n) - 1] for n in numbers) + SECTIONS[numbers] + "\n"
+    exec(compile(text, "part", "exec"), {"__name__": "part"})
+
+
+@pytest.fixture(scope="module")
+def toy_runs(tmp_path_factory):
+    """Every train_toy.py line of the README, shortened by the flags that it shows: {flags: (printed, folder)}."""
+    import train_toy
+
+    runs, out, here = {}, io.StringIO(), os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("toy"))
+    try:
+        for line in COMMANDS:
+            loop = re.fullmatch(r"for (\w+) in (.*); do (.*); done", line)
+            name, values, line = loop.groups() if loop else ("s", "once", line)
+            for value in values.split() if line.startswith("python train_toy.py") else ():
+                flags = line.replace(f"${name}", value).split()[2:]
+                with redirect_stdout(io.StringIO()) as out:
+                    train_toy.main([*flags, *SHORT_TOY.split()])
+                folder = Path(flags[flags.index("--out") + 1] if "--out" in flags else "runs/toy")
+                files = {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix != ".part"}
+                runs[" ".join(flags)] = out.getvalue(), files
+    finally:
+        os.chdir(here)
+    return runs
+
+
+def test_readme_toy_commands_run(toy_runs):
+    assert len(toy_runs) == 10 and {"--path ot", "--path ot vp cosine", "--ablation", "--figure conditional"} < toy_runs.keys()
+    for flags, (text, files) in toy_runs.items():
+        if "--figure" not in flags:
+            assert {"density.png", "nfe.png", "trajectories.png", "likelihood.png", "metrics.json", "table.txt"} < files.keys()
+            assert files["table.txt"].decode().strip() in text and "floor" in text
+            results = json.loads(files["metrics.json"])["results"]
+            for name in results:
+                assert len(re.findall(rf"^{name} .*$", text, re.M)) == 3  # midpoint, Euler and RK4
+
+
+def test_table_1_ablation_has_a_row_per_method(toy_runs, tmp_path):
+    import train_toy
+
+    files = toy_runs["--ablation"][1]
+    results = json.loads(files["metrics.json"])["results"]
+    assert list(results) == ["DDPM", "score matching", "ScoreFlow", "FM, diffusion", "FM, OT", "minibatch OT", "reflow"]
+    for name, r in results.items():
+        assert (r["excess"] is None) == (name in ("minibatch OT", "reflow")) and r["straightness"] >= 1 and len(r["energy"]) == 15
+    (tmp_path / "model.pt").write_bytes(files["model_score_matching.pt"])
+    flow = train_toy.load(tmp_path / "model.pt")
+    assert flow.net.predict == "score" and flow.path == VPPath() and flow.sample(3, method="euler", steps=2).shape == (3, 2)
+
+
+def test_figure_3_conditional_paths_are_straight_for_ot_and_ve_and_bend_for_vp(toy_runs):
+    text, files = toy_runs["--figure conditional"]
+    assert {"fields.png", "paths.png"} <= files.keys()
+    bend = {" ".join(kind.split()): float(mean) for kind, mean in re.findall(r"^(\w+ +\w+) +([\d.]+) +[\d.]+$", text, re.M)}
+    assert bend["conditional ot"] == bend["conditional ve"] == 1.0
+    assert 1.22 < bend["conditional vp"] < 1.32 and abs(bend["conditional cosine"] - bend["conditional vp"]) < 0.01
+    assert bend["marginal ot"] > 1.5  # the marginal flow is another thing
+    stds = [float(std) for std in re.findall(r"^ ?\d+ +(\d\.\d\d)$", text, re.M)]
+    assert stds == [0.0, 0.5, 0.72, 0.85, 0.92, 0.96]
 
 
 def test_readme_table_names_functions_and_tests_that_exist():
@@ -1277,15 +1362,11 @@ def test_readme_table_names_functions_and_tests_that_exist():
     assert numbers(table) >= {1, 6, 8, 10, 11, *range(14, 24), 26, 33, 34, 37, 47}
 
 
-def test_train_toy_from_the_command_line(tmp_path):
+def test_train_toy_from_the_command_line_and_the_flow_it_wrote(tmp_path):
     import train_toy
 
-    done = run("-W", "error", "train_toy.py", "--path", "ot", "ve", "--steps", 20, "--batch", 64, "--samples", 200, "--data", "8gaussians", "--out", tmp_path)
+    done = run("-W", "error", "train_toy.py", "--path", "ve", "--steps", 20, "--batch", 64, "--samples", 60, "--data", "8gaussians", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = re.findall(r"^(?:ot|ve) .*$", done.stdout, re.M)
-    assert len(rows) == 6 and "floor" in done.stdout and (tmp_path / "table.txt").read_text(encoding="utf-8").strip() in done.stdout
-    assert {p.name for p in tmp_path.iterdir()} == {
-        "density.png", "nfe.png", "trajectories.png", "likelihood.png", "metrics.json", "table.txt", "model_ot.pt", "model_ve.pt"}  # fmt: skip
     flow = train_toy.load(tmp_path / "model_ve.pt")
     assert flow.path == VEPath() and flow.sample(3, method="euler", steps=2).shape == (3, 2)
     axis = torch.linspace(-12, 12, 60) + flow.shift[0]
@@ -1300,20 +1381,6 @@ def toy(*flags, row=None):
 
     args = train_toy.parse_args([*flags, "--out", "."])  # a folder that is there
     return args.rows[row or args.path[0]], args.target
-
-
-def test_table_1_ablation_from_the_command_line(tmp_path):
-    done = run("-W", "error", "train_toy.py", "--ablation", "--steps", 2, "--batch", 64, "--samples", 60, "--data", "8gaussians", "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "metrics.json").read_text())["results"]
-    assert list(results) == ["DDPM", "score matching", "ScoreFlow", "FM, diffusion", "FM, OT", "minibatch OT", "reflow"]
-    for name, r in results.items():
-        assert (r["excess"] is None) == (name in ("minibatch OT", "reflow")) and r["straightness"] >= 1 and len(r["energy"]) == 15
-        assert len(re.findall(rf"^{name} .*$", done.stdout, re.M)) == 3
-    import train_toy
-
-    flow = train_toy.load(tmp_path / "model_score_matching.pt")
-    assert flow.net.predict == "score" and flow.path == VPPath() and flow.sample(3, method="euler", steps=2).shape == (3, 2)
 
 
 def test_eq46_toy_networks_of_every_objective_learn_the_same_field():
@@ -1343,18 +1410,6 @@ def test_reflow_and_minibatch_coupling_straighten_and_sde_samples_agree():
     assert fast["--reflow 1"] < 0.1 * fast[""] and fast["--coupling ot"] < 0.1 * fast[""]  # few steps suffice then
     sde = {nfe: measured["--sde 1"]["energy"][f"sde {nfe}"] for nfe in (4, 20, 100)}
     assert sde[4] > 0.05 and sde[20] < 0.02 and sde[100] < 0.01
-
-
-def test_figure_3_conditional_paths_are_straight_for_ot_and_ve_and_bend_for_vp(tmp_path):
-    done = run("-W", "error", "train_toy.py", "--figure", "conditional", "--samples", 100, "--data", "8gaussians", "--out", tmp_path)
-    assert done.returncode == 0 and {p.name for p in tmp_path.iterdir()} == {"fields.png", "paths.png"}, done.stderr
-    bend = {kind: float(mean) for kind, mean in re.findall(r"^(\w+ +\w+) +([\d.]+) +[\d.]+$", done.stdout, re.M)}
-    bend = {" ".join(kind.split()): mean for kind, mean in bend.items()}
-    assert bend["conditional ot"] == bend["conditional ve"] == 1.0
-    assert 1.22 < bend["conditional vp"] < 1.32 and abs(bend["conditional cosine"] - bend["conditional vp"]) < 0.01
-    assert bend["marginal ot"] > 1.5  # the marginal flow is another thing
-    stds = [float(std) for std in re.findall(r"^ ?\d+ +(\d\.\d\d)$", done.stdout, re.M)]
-    assert stds == [0.0, 0.5, 0.72, 0.85, 0.92, 0.96]
 
 
 def test_toy_data_densities_and_fields_are_exact(tmp_path):
@@ -1648,7 +1703,7 @@ def test_nonfinite_loss_stops_before_the_weights_are_harmed(cifar, tmp_path, mon
 
     def broken(*args, **kwargs):
         calls.append(1)
-        return loss(*args, **kwargs) * (math.nan if len(calls) == 5 else 1)
+        return loss(*args, **kwargs) * (math.nan if len(calls) == 6 else 1)  # the first call tries the settings
 
     monkeypatch.setattr(train_cifar, "cfm_loss", broken)
     code, _, err = cifar("--steps 9")
@@ -1785,13 +1840,19 @@ def write_cifar(root):
     return files
 
 
-def test_cifar10_files_are_read(cifar, tmp_path, monkeypatch):
+def tiny_cifar(root, monkeypatch):
+    """write_cifar(root), and its checksums for torchvision."""
     cifar10 = pytest.importorskip("torchvision.datasets").CIFAR10
-    files = write_cifar(tmp_path / "data")
-    md5 = lambda name: hashlib.md5((tmp_path / "data" / "cifar-10-batches-py" / name).read_bytes()).hexdigest()
+    files = write_cifar(root)
+    md5 = lambda name: hashlib.md5((root / "cifar-10-batches-py" / name).read_bytes()).hexdigest()
     monkeypatch.setattr(cifar10, "train_list", [[f"data_batch_{i}", md5(f"data_batch_{i}")] for i in range(1, 6)])
     monkeypatch.setattr(cifar10, "test_list", [["test_batch", md5("test_batch")]])
     monkeypatch.setattr(cifar10, "meta", {**cifar10.meta, "md5": md5("batches.meta")})
+    return files
+
+
+def test_cifar10_files_are_read(cifar, tmp_path, monkeypatch):
+    files = tiny_cifar(tmp_path / "data", monkeypatch)
     s = train_cifar.Namespace(data="cifar10", test=None, rank=0, world=1, device=torch.device("cpu"), conditional=True, classes=None)
     pixels, labels = train_cifar.load_images(s, "data")
     assert_close(pixels, torch.cat([files[f"data_batch_{i}"][0] for i in range(1, 6)]))
@@ -1802,6 +1863,28 @@ def test_cifar10_files_are_read(cifar, tmp_path, monkeypatch):
     assert cifar(flags + " --data cifar10", new=False)[0] == 0
     code, text, err = cifar("--bpd 4 --solver euler:2", new=False)
     assert code == 0 and "bits per dimension" in text
+
+
+def test_readme_image_commands_run(photos, tmp_path, monkeypatch, capsys):
+    """In one folder, shortened by the flags that the README shows; torchrun, without CIFAR-10, on a folder of photos."""
+    monkeypatch.chdir(tmp_path)
+    tiny_cifar(tmp_path / "data", monkeypatch)
+    net = UNet(channels=8, channel_mult=(1, 1, 1), blocks=1, attention=(16,), head_channels=8)
+    torch.save({"ema_model": adm(net)}, tmp_path / "adm.pt")
+    lines = [line for line in COMMANDS if "train_cifar.py" in line]
+    assert len(lines) == 11
+    for line in lines:
+        program, flags = line.split(" train_cifar.py")
+        flags = flags.replace("FOLDER", str(photos / "train")).replace("adm:FILE", f"adm:{tmp_path / 'adm.pt'}") + " " + SHORT_CIFAR
+        flags += " --sample 4" if "--sample" in flags else " --bpd 4" if "--bpd" in flags else ""
+        if program == "python":
+            assert train_cifar.main(flags.split()) == 0, line
+        else:
+            flags = f"{flags} --data {photos / 'train'} --out {tmp_path / 'many'}"
+            done = run("-m", "torch.distributed.run", *program.split()[1:], HERE / "train_cifar.py", *flags.split(), cwd=tmp_path)
+            assert done.returncode == 0 and read(tmp_path / "many")["step"] == 2, done.stderr
+        capsys.readouterr()
+    assert len(list((tmp_path / "runs" / "cifar").rglob("00000?.png"))) == len(list((tmp_path / "runs" / "adm").rglob("*.png"))) == 4
 
 
 # ---- train_cifar.py: sampling and evaluation -------------------------------------------------------------------------

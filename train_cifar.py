@@ -444,11 +444,12 @@ def train(s, state):
             if s.world > 1:
                 dist.all_reduce(stats)
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), s.clip or math.inf)
-            *bins, stop, norm = torch.cat([stats, norm[None]]).tolist()  # the one time in a step that the GPU is waited for
+            *bins, stop, norm = torch.cat([stats, norm[None]]).tolist()  # the one wait for the GPU in a step
             if not math.isfinite(sum(bins) + norm):
                 save(s, step, net, ema, optimizer, sums, log)
                 refuse(f"step {step}: loss {sum(bins[:10]) / s.batch}, gradient norm {norm}: not taken, weights as "
-                       f"before. --lr {s.lr} may be too high: lower it with --init {s.out}/checkpoint.pt, another --out", 1)
+                       f"before. --lr {s.lr} may be too high: lower it with --init {s.out}/checkpoint.pt, another --out",
+                       1)  # fmt: skip
             optimizer.step()
             ema.update_parameters(net)
             step, sums = step + 1, [a + b for a, b in zip(sums, [*bins, norm])]
@@ -589,11 +590,12 @@ def print_bpd(s, net, path, images, step):
         refuse(f"--bpd {s.bpd} is more than the {len(images[0])} held-out images: lower it")
     bpd, nfe = torch.zeros(2, s.bpd, device=s.device)
     how = dict(divergence="hutchinson", probes=s.probes) if s.probes else dict(divergence="exact")
+    v = velocity(s, net, path)
     for i in range(s.rank * s.batch, s.bpd, s.world * s.batch):
         pixels, labels = rows(s, images, torch.arange(i, min(i + s.batch, s.bpd)))
         torch.manual_seed(seeded("cpu", s.seed, "bpd", i).initial_seed())
         cond = conditions(s, pixels, labels)
-        result = bits_per_dim(velocity(s, net, path), pixels.permute(0, 3, 1, 2), s.K, path, **how, **solver(s.solver), **cond)
+        result = bits_per_dim(v, pixels.permute(0, 3, 1, 2), s.K, path, **how, **solver(s.solver), **cond)
         bpd[i : i + s.batch], nfe[i : i + s.batch] = result.bpd, result.nfe / s.K
     if s.world > 1:
         dist.all_reduce(bpd)
