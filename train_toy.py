@@ -197,8 +197,12 @@ def make_path(args):
 def write(file, save):
     """save(temporary name), then move it over file in one step, so that file is always whole."""
     part = file.with_name(file.name + ".part")
-    save(part)
-    os.replace(part, file)
+    try:
+        save(part)
+        os.replace(part, file)
+    except (OSError, RuntimeError) as e:  # torch says RuntimeError to a full disk
+        part.unlink(missing_ok=True)
+        sys.exit(f"train_toy.py: {file} cannot be written, what was there stands: {e}")
 
 
 def store(flow, name, file):
@@ -579,5 +583,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, SolverError) as e:
+    except SolverError as e:
         sys.exit(f"train_toy.py: {e}")
