@@ -66,6 +66,17 @@ def _check_path(path):
         raise ValueError(f"path must be a ConditionalFlow such as OTPath(), no name and no class; got {path!r}")
 
 
+def _check_affine(path):
+    if not isinstance(path, AffinePath):
+        raise ValueError(f"path must be affine, mu_t = alpha(t) x1, such as OTPath(); got {path!r}")
+
+
+def _check_shape(v_t, x):
+    if v_t.shape != x.shape:
+        raise ValueError(f"v must return the shape of x, {tuple(x.shape)}; got {tuple(v_t.shape)}")
+    return v_t
+
+
 def _check_times(t, x, t_span):
     """t as (B,) in x's time dtype, refused outside the span."""
     t = torch.as_tensor(t, dtype=_wide(x.dtype), device=x.device)
@@ -169,8 +180,9 @@ class AffinePath(GaussianPath):
         """The target that a source value means at x = psi_t(x0), (B, *dims): velocity, score, noise (x0) or data (x1).
 
         x = alpha x1 + sigma x0 and its derivative, solved once; linear, so true of posterior means as well. Eq. (46) is
-        "noise" or "score" to "velocity". Raises ValueError where it divides by zero: data to noise or velocity and
-        anything else to score at sigma_t = 0; noise or score to velocity or data at alpha_t = 0.
+        "noise" or "score" to "velocity". The score is that of p_t if x0 was drawn independent of x1. Raises ValueError
+        where it divides by zero: data to noise or velocity and anything else to score at sigma_t = 0; noise or score to
+        velocity or data at alpha_t = 0.
         """
         for name, kind in (("source", source), ("target", target)):
             if kind not in ("velocity", "score", "noise", "data"):
@@ -183,7 +195,7 @@ class AffinePath(GaussianPath):
         def divisor(d):
             if (d == 0).any():
                 where = f"t = {t[d == 0][0].item():.6g} of {self!r}"
-                raise ValueError(f"{source} does not tell {target} at {where}; keep away")
+                raise ValueError(f"{source} does not tell {target} at {where}; stay away from it, or take VPPath()")
             return d
 
         if source == "velocity":
@@ -202,7 +214,7 @@ class AffinePath(GaussianPath):
     def noising(self, t, x):
         """Drift f (B, *dims) and diffusion g (B, 1, ...) of the noising SDE dx = f ds + g dw, Eq. (38), s = 1 - t.
 
-        By Eq. (40) the velocity is -(f - g^2 / 2 score).
+        By Eq. (40) the velocity is -(f - g^2 / 2 score). Both are infinite where alpha_t = 0.
         """
         alpha_t, sigma_t, dalpha_t, dsigma_t = self.coefficients(expand(t, x))
         return -dalpha_t / alpha_t * x, (2 * sigma_t * (dalpha_t / alpha_t * sigma_t - dsigma_t)).sqrt()
@@ -324,8 +336,8 @@ def cfm_loss(v, path, x1, x0=None, t=None, reduction="mean", predict="velocity",
     _check_cond(cond, x1)
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none'; got {reduction!r}")
-    if predict not in ("velocity", "noise", "score", "data"):
-        raise ValueError(f"predict must be velocity, noise, score or data; got {predict!r}")
+    if predict not in ("velocity", "noise", "score", "data") or predict == "score" and not hasattr(path, "moments"):
+        raise ValueError(f"predict must be velocity, noise, data or, on a GaussianPath, score; got {predict!r}")
     weights = {"sigma^2": lambda t: path.coefficients(t)[1].square(), "beta": lambda t: path.beta(1 - t)}
     if not (weight is None or callable(weight) or weight in ("sigma^2", *["beta"] * hasattr(path, "beta"))):
         rule = "weight must be None, a function of t, 'sigma^2', or 'beta' on VPPath"
@@ -350,18 +362,22 @@ def cfm_loss(v, path, x1, x0=None, t=None, reduction="mean", predict="velocity",
     x_t, target = path.psi_dpsi(t, x0, x1)
     if predict != "velocity":
         target = {"noise": lambda: x0, "data": lambda: x1, "score": lambda: -x0 / path.moments(t, x1)[1]}[predict]()
-    v_t = v(t, x_t.to(x1.dtype), **cond)
-    if v_t.shape != x1.shape:
-        raise ValueError(f"v must return the shape of x, {tuple(x1.shape)}; got {tuple(v_t.shape)}")
+    v_t = _check_shape(v(t, x_t.to(x1.dtype), **cond), x1)
     # Departure: Eq. (14) sums over dimensions; the mean keeps the learning rate independent of their number.
     loss = (v_t - target).square().reshape(len(x1), -1).mean(1)
     if weight is not None:
         loss = loss * weights.get(weight, weight)(t)
+        if loss.shape != t.shape:
+            raise ValueError(f"weight must give one number for each t, ({len(t)},); its product is {tuple(loss.shape)}")
     return loss.mean() if reduction == "mean" else loss
 
 
 def as_velocity(model, path, predict):
-    """The vector field of a network that predicts "score", "noise", "data" or "velocity" on its path, Eq. (46)."""
+    """The vector field of a network that predicts "score", "noise", "data" or "velocity" on its path, Eq. (46).
+
+    path: affine. The field raises ValueError where convert does: t = 0 of OTPath for a score or noise.
+    """
+    _check_affine(path)
     return lambda t, x, **cond: path.convert(t, x, model(t, x, **cond), predict, "velocity")
 
 
@@ -369,7 +385,8 @@ def ot_coupling(x0, x1):
     """The permutation p, (B,), for which pairs (x0[p], x1) have the least sum of squared distances; needs SciPy.
 
     This is minibatch optimal transport (Tong et al., 2024), which changes who is paired with whom, every point used
-    once. The paper's OT path is another thing: how a given pair is joined. Use it as cfm_loss(..., x0=x0[p]).
+    once. The paper's OT path is another thing: how a given pair is joined. Use it as cfm_loss(..., x0=x0[p]); with
+    labels, within each of them, for otherwise x0 given the label is no longer N(0, I), which samples start from.
     """
     if x0.shape != x1.shape:
         raise ValueError(f"x0 and x1 must have one shape; got {tuple(x0.shape)} and {tuple(x1.shape)}")
@@ -392,8 +409,7 @@ class Marginal:
     """
 
     def __init__(self, path, data):
-        if not isinstance(path, AffinePath):
-            raise ValueError(f"path must be affine, mu_t = alpha(t) x1, for the exact marginal; got {path!r}")
+        _check_affine(path)
         _check_batch("data", data)
         if data.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"data must be float32 or float64 for sums over all of it; got {data.dtype}")
@@ -515,10 +531,7 @@ def odeint(v, x, t=(0.0, 1.0), method="dopri5", steps=None, rtol=None, atol=None
     wide = _wide(x.dtype)
 
     def f(t, z, **cond):
-        v_t = v(t, z.to(x.dtype), **cond)
-        if v_t.shape != z.shape:
-            raise ValueError(f"v must return the shape of x, {tuple(z.shape)}; got {tuple(v_t.shape)}")
-        return v_t.to(wide)
+        return _check_shape(v(t, z.to(x.dtype), **cond), z).to(wide)
 
     xs, *counts = _solve(f, x.to(wide), t, method, steps, rtol, atol, max_nfe, None, cond)
     return Solution(xs[-1].to(x.dtype), xs.to(x.dtype), *counts)
@@ -539,9 +552,11 @@ def sample(v, path, shape, device=None, dtype=None, generator=None, **solver):
 def sample_sde(v, path, shape, steps, g=1.0, device=None, dtype=None, generator=None, **cond):
     """Samples, (B, *dims), of dx = (v + g^2 / 2 score) dt + g dw by Euler-Maruyama, the last step without noise.
 
-    Any g, a number or a function of t, has the marginals of the ODE, its case g = 0; v must be the velocity on an
-    affine path. With g = path.noising(t, x)[1] it is the reverse SDE of Song et al. (2021).
+    Any g, a number or a function of t (a float) to a number, has the marginals of the ODE, its case g = 0; v must be the
+    velocity of an affine path, learned with x0 independent of x1. Where path.noising is finite, its g makes this the
+    reverse SDE of Song et al. (2021). Raises ValueError for bad arguments, SolverError when a step is not finite.
     """
+    _check_affine(path)
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a whole number >= 1; got {steps!r}")
     x = path.sample_source(shape, device=device, dtype=dtype, generator=generator)
@@ -551,10 +566,14 @@ def sample_sde(v, path, shape, steps, g=1.0, device=None, dtype=None, generator=
     for i in range(steps):
         t = x.new_full((len(x),), t0 + i * h, dtype=_wide(x.dtype))
         g_t = g(t0 + i * h) if callable(g) else g
-        v_t = v(t, x, **cond)
+        v_t = _check_shape(v(t, x, **cond), x)
         drift = v_t + g_t**2 / 2 * path.convert(t, x, v_t, "velocity", "score")
         noise = torch.randn(shape, device=x.device, dtype=x.dtype, generator=generator) if i + 1 < steps else 0
-        x = (x + h * drift + math.sqrt(h) * g_t * noise).to(x.dtype)
+        x_new = (x + h * drift + math.sqrt(h) * g_t * noise).to(x.dtype)
+        if not x_new.isfinite().all():
+            what = f"step {i + 1} of {steps}, at t = {t[0]:.6g}, is not finite"
+            raise SolverError(f"{what}; are v and g = {g_t} finite there? take more steps", t, x)
+        x = x_new
     return x
 
 
@@ -848,9 +867,7 @@ def _divergence(v, t, x, rows, summed, differentiable, cond):
     with torch.enable_grad():
         if not (differentiable and x.requires_grad):
             x = x.detach().requires_grad_()
-        v_t = v(t, x, **cond)
-        if v_t.shape != x.shape:
-            raise ValueError(f"v must return the shape of x, {tuple(x.shape)}; got {tuple(v_t.shape)}")
+        v_t = _check_shape(v(t, x, **cond), x)
         parts, div_t = rows.split(max(1, 2**22 // x.numel())), []
         for i, e in enumerate(parts, 1):
             e = e.expand(-1, *x.shape)
@@ -984,7 +1001,7 @@ class UNet(nn.Module):
     attention lists the image sizes, in pixels, that have it; the middle always does. num_classes
     admits labels y (B,), where num_classes itself means no label, as does y=None. cond_channels
     admits an image cond (B, C', H, W) beside x. UNet(**net.config) builds the network again.
-    Levels of 32 channels and less have one channel a group, whose norm takes time and label away again: use 64 or more.
+    Levels of 32 channels and less have one channel a group, whose norm takes time and label away again: use 48 or more.
     """
 
     def __init__(self, image_size=32, in_channels=3, out_channels=3, channels=128,

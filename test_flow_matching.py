@@ -257,8 +257,6 @@ KINDS = ["velocity", "score", "noise", "data"]
 
 @every_path
 def test_conversions_round_trip_and_agree_with_x0_x1_and_dpsi(path):
-    if not isinstance(path, AffinePath):
-        return
     t, x0, x1 = batch()
     x_t = path.psi(t, x0, x1)
     truth = {"velocity": path.dpsi(t, x0, x1), "score": path.score(t, x_t, x1), "noise": x0, "data": x1}
@@ -648,6 +646,15 @@ def test_sde_has_the_marginals_of_the_ode(path, g):
     assert abs(torch.cdist(x, data).min(1).values.square().mean() / (2 * 0.3**2) - 1) < 0.1  # the spread around each point
     distance = 2 * torch.cdist(x, exact).mean() - torch.cdist(x, x).mean() - torch.cdist(exact, exact).mean()
     assert distance < 0.012
+
+
+def test_sde_is_a_function_of_its_generator_and_stops_where_it_is_not_finite():
+    draw = lambda seed: fm.sample_sde(lambda t, x: -x, OTPath(), (4, 2), 5, generator=torch.Generator().manual_seed(seed))
+    assert_close(draw(3), draw(3), rtol=0, atol=0)
+    assert (draw(3) != draw(4)).all()
+    with pytest.raises(SolverError, match="step 1 of 5, at t = 0, is not finite") as e:
+        fm.sample_sde(lambda t, x: x / 0, OTPath(), (4, 2), 5)
+    assert e.value.x.shape == (4, 2) and e.value.x.isfinite().all()
 
 
 def test_eq38_noising_sde_of_vp_and_ve_and_the_probability_flow_of_eq40():
@@ -1210,6 +1217,11 @@ BAD_CALLS = {
     "Marginal half": (lambda: Marginal(OTPath(), x.half()), "data must be float32"),
     "VPPath inf": (lambda: VPPath(0.1, math.inf), "beta_max"),
     "cfm_loss predict": (lambda: cfm_loss(ok, OTPath(), x, predict="x0"), "predict must be"),
+    "cfm_loss weight shape": (lambda: cfm_loss(ok, OTPath(), x, weight=lambda t: t[:, None]), "weight must give one number"),
+    "cfm_loss score of no density": (lambda: cfm_loss(ok, ConditionalFlow(lambda t, x0, x1: x1), x, predict="score"), "on a GaussianPath, score"),
+    "as_velocity path": (lambda: fm.as_velocity(ok, GaussianPath(), "noise"), "path must be affine"),
+    "sample_sde path": (lambda: fm.sample_sde(ok, "ot", (2, 2), steps=2), "path must be affine"),
+    "sample_sde v shape": (lambda: fm.sample_sde(lambda t, x: x[:, :1], OTPath(), (2, 2), steps=2), "v must return"),
     "cfm_loss weight": (lambda: cfm_loss(ok, OTPath(), x, weight="beta"), "'beta' on VPPath"),
     "convert source": (lambda: OTPath().convert(0.5, x, x, "eps", "data"), "source must be"),
     "ot_coupling shapes": (lambda: fm.ot_coupling(x, x[:2]), "x0 and x1 must"),
@@ -1341,6 +1353,8 @@ def test_readme_toy_commands_run(toy_runs):
             assert {"density.png", "nfe.png", "trajectories.png", "likelihood.png", "metrics.json", "table.txt"} < files.keys()
             assert files["table.txt"].decode().strip() in text and "floor" in text
             results = json.loads(files["metrics.json"])["results"]
+            panels = np.asarray(Image.open(io.BytesIO(files["likelihood.png"])).convert("L"), dtype=float)[40:300, -588:]
+            assert abs(panels[:, :288] - panels[:, 300:]).mean() > 5  # learned beside true
             for name in results:
                 assert len(re.findall(rf"^{name} .*$", text, re.M)) == 3  # midpoint, Euler and RK4
 
@@ -1400,6 +1414,52 @@ def toy(*flags, row=None):
 
     args = train_toy.parse_args([*flags, "--out", "."])  # a folder that is there
     return args.rows[row or args.path[0]], args.target
+
+
+def test_toy_numbers_of_an_exact_field():
+    import train_toy
+
+    args, _ = toy("--samples", "4000")
+    data, path = train_toy.Mixture(torch.tensor([[3.0, -1.0]]), 2.0), OTPath()  # N((3, -1), 4 I): closed forms for all
+
+    class Exact(torch.nn.Module):
+        predict = "velocity"
+
+        def forward(self, t, x):
+            return data.field(path)(t, x)
+
+    net = Exact()
+    net.path = path
+    r = train_toy.measure(train_toy.Flow(net, data.shift, data.scale), data, args)
+    assert_close(r["entropy"], 1 + math.log(2 * math.pi * 4), atol=0.02, rtol=0)
+    assert_close((r["gap"], r["nll_se"]), (0.0, 1 / math.sqrt(4000)), atol=0.05, rtol=0)
+    assert_close((r["floor"], r["loss"], r["excess"]), (math.pi / 2, math.pi / 2, 0.0), atol=0.03, rtol=0)
+    assert 14 < r["nfe_mean"] < 60 and r["nfe_max"] >= r["nfe_mean"] and abs(r["energy"]["dopri5"]) < 0.02
+    assert r["nll_se"] < 0.02 and r["straightness"] > 3  # in and out again
+    lines = train_toy.table({"row": {**r, "seconds": 12.5}}).splitlines()
+    at = next(i for i, line in enumerate(lines) if "floor " in line and "excess " in line and "seconds" in line)
+    shown = dict(zip(lines[at].replace("gap", "gap se").split(), lines[at + 1].replace("±", "").split()[1:]))
+    for name, key in {"gap": "gap", "se": "nll_se", "loss": "loss", "floor": "floor", "excess": "excess", "NFE": "nfe_mean", "max": "nfe_max",
+                      "arc": "straightness"}.items():  # fmt: skip
+        assert_close(float(shown[name]), float(r[key]), atol=0.05, rtol=0)
+    assert shown["seconds"] == "12.5" and float(shown["8"]) == round(r["energy"]["midpoint 8"], 4)
+
+
+def test_toy_pictures_are_the_right_way_up(tmp_path):
+    import train_toy
+
+    picture = Image.new("L", (9, 9), 255)
+    picture.paste(0, (0, 0, 3, 3))  # dark at the top left, and a little at the bottom right
+    picture.putpixel((8, 8), 0)
+    picture.save(tmp_path / "corner.png")
+    x = train_toy.make_data(str(tmp_path / "corner.png")).sample(500)
+    assert x[:, 0].median() < 0 < x[:, 1].median()
+    bins = train_toy.histogram(torch.tensor([[-0.9, 0.9]]).expand(10, 2), 1.0)
+    assert bins[:10, :10].sum() == bins.sum() and abs(bins.sum() * (2 / 96) ** 2 - 1) < 1e-5
+    arrows = np.asarray(train_toy.draw_field(torch.tensor([0.6, 0.8]).expand(96**2, 2)).convert("L"))
+    assert arrows[3:9, 14:20].max() == 255 > arrows[16:21, 4:10].max()  # up and to the right of the dot at (12, 12)
+    grid = train_toy.grid_of(1.0)
+    assert (train_toy.histogram(grid, 1.0) > 0).all() and grid[0, 0] < 0 < grid[0, 1]
 
 
 def test_train_toy_keeps_the_old_file_when_the_disk_is_full(tmp_path):
@@ -1474,11 +1534,13 @@ def test_toy_data_densities_and_fields_are_exact(tmp_path):
 BAD_TOY = {
     "--path nowhere": "--path", "--steps 0": "--steps must be at least 1", "--steps many": "--steps", "--batch -3": "--batch must be", "--samples 0": "--samples must be",
     "--lr 0": "--lr must be", "--lr nan": "--lr must be", "--data missing.png": "missing.png", "--data README.md": "--data",
-    "--reflow -1": "--reflow must be", "--sde -1": "--sde must be", "--sigma-min 1": "--sigma-min 1.0 do not go together: sigma_min must lie in [0, 1)",
+    "--reflow -1": "--reflow must be", "--sde -1": "--sde must be", "--sigma-min 1": "--sigma-min 1.0: sigma_min must lie in [0, 1)",
     "--sigma-min -1": "--sigma-min", "--seed -1": "--seed must be", "--samples 1": "--samples must be", "--figure nine": "--figure",
-    "--objective noise": "--objective noise do not go together: noise does not tell velocity at t = 0", "--objective eps": "--objective",
+    "--objective noise": "--objective noise: noise does not tell velocity at t = 0", "--objective eps": "--objective",
+    "--ablation --objective noise": "leave out --objective", "--ablation --figure conditional": "leave out --figure",
+    "--path vp --sigma-min 0.1": "--sigma-min is of the OT path",
     "--objective score --path cosine": "score does not tell velocity", "--objective scoreflow --path ve": "'beta' on VPPath",
-    "--coupling ot --path vp": "--path vp --coupling ot do not go together: x0 cannot be paired", "--reflow 1 --path ve": "x0 cannot be paired on VEPath",
+    "--coupling ot --path vp": "--path vp --coupling ot: x0 cannot be paired", "--reflow 1 --path ve": "x0 cannot be paired on VEPath",
     "--sde 1 --reflow 1": "the SDE needs the score", "--sde 0.1 --coupling ot": "the SDE needs the score", "--coupling best": "--coupling",
     "--device gpu9": "--device gpu9", "--out README.md": "--out", "--seed x": "--seed", "--pth ot": "--pth",
 }  # fmt: skip
@@ -1570,8 +1632,10 @@ def assert_same_run(a, b):
 
 
 # A fork server that has imported torch once: processes to kill, starve and pair for the price of a fork.
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["torch.distributed", "torch.optim.swa_utils", "PIL.Image", "pytest", "torch._dynamo"])
+FORK = None
+if "forkserver" in multiprocessing.get_all_start_methods():  # not on Windows
+    FORK = multiprocessing.get_context("forkserver")
+    FORK.set_forkserver_preload(["torch.distributed", "torch.optim.swa_utils", "PIL.Image", "pytest", "torch._dynamo"])
 
 
 def child(argv, env, cwd, trick, stderr):
@@ -1642,6 +1706,8 @@ tricks = dict(kill_in_write=kill_in_write, kill_in_rename=kill_in_rename, fill_d
 @pytest.fixture
 def fork(photos, tmp_path):
     """fork("--steps 3", trick) runs train_cifar in processes; gives exit codes and what they printed."""
+    if FORK is None:
+        pytest.skip("processes are forked here, which Windows cannot")
 
     def fork(flags, trick=None, world=1, out="run"):
         with socket.socket() as free:
@@ -2037,6 +2103,7 @@ REFUSED = [  # command line, words of the one line it gets; "@" is a finished ru
     ("--objective x0", "--objective"),
     ("--coupling ot --path vp", "x0 cannot be paired on VPPath"),
     ("--coupling best", "--coupling"),
+    ("--coupling ot --superres 2", "--coupling ot pairs across labels"),
     ("--out @ --sample 3 --objective noise", "--objective noise is not what the run"),
     ("--precision fp8", "--precision"),
     ("--every 1,2", "--every must be three"),
@@ -2086,7 +2153,7 @@ def finished(photos, tmp_path_factory):
     return folders
 
 
-def test_eq46_samples_and_bpd_of_a_noise_network_are_those_of_its_field(cifar, photos, tmp_path):
+def test_eq46_samples_and_bpd_of_a_noise_network_are_those_of_its_field(cifar, photos, tmp_path, monkeypatch):
     assert cifar("--path vp --objective noise --lr 1e-8 --steps 1")[0] == 0  # still the zero network: its field is d alpha / alpha x
     path, scale = VPPath(), lambda t: VPPath().coefficients(torch.tensor(t, dtype=torch.float64))[0].log()
     growth = (scale(path.t_span[1]) - scale(0.0)).item()  # so x1 = e^growth x0, and log p = log N(x0) - d growth
@@ -2095,6 +2162,12 @@ def test_eq46_samples_and_bpd_of_a_noise_network_are_those_of_its_field(cifar, p
     bpd = float(re.search(r"^([\d.]+) \+-", text, re.M)[1])
     least = 7 + (math.log(2 * math.pi) / 2 + growth) / math.log(2)  # |x1|^2 e^(-2 growth) <= 3 / e^10 adds next to nothing
     assert least < bpd < least + 0.01
+    s, state = train_cifar.settle(["--out", str(tmp_path / "run"), "--sample", "2", "--solver", "rk4:80"], 1)
+    s.device, s.classes, seen = torch.device("cpu"), None, []
+    monkeypatch.setattr(train_cifar, "to_pixels", lambda x: seen.append(x) or x)
+    train_cifar.generate(s, train_cifar.build(s, state), path, [0, 1], None)
+    x0 = torch.stack([torch.randn((3, 8, 8), generator=train_cifar.seeded("cpu", 0, "sample", i)) for i in (0, 1)])
+    assert_close(seen[0], math.exp(growth) * x0, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("flags, words", REFUSED, ids=[flags for flags, _ in REFUSED])

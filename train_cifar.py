@@ -89,7 +89,7 @@ def parser():
     flag("recipe", "modern", f"whose defaults; paper: {recipe}", choices=("modern", "paper"))
     flag("path", "ot", "path, Section 4.1", choices=PATHS)
     flag("objective", "velocity", "what is learned, by which weight, Table 1", choices=OBJECTIVES)
-    flag("coupling", "independent", "of noise and images; ot: minibatch optimal transport, by SciPy; it ignores labels",
+    flag("coupling", "independent", "of noise and images; ot: minibatch optimal transport, by SciPy",
          choices=("independent", "ot"))  # fmt: skip
     flag("channels", MODERN["channels"], "of the UNet's first level", type=least(1))
     flag("channel-mult", (1, 2, 2, 2), "width of every level, times channels", type=ints)
@@ -157,6 +157,8 @@ def check(s, given, state, evaluating, world):
         (s.guidance != 1 and not s.conditional, "--guidance needs labels: train with --conditional"),
         (s.data == "cifar10" and s.size != 32, f"--size {s.size} is not CIFAR-10's 32: give --data FOLDER"),
         (s.superres and s.size % s.superres, f"--superres {s.superres} must divide --size {s.size}"),
+        (s.coupling == "ot" and (s.conditional or s.superres),
+         "--coupling ot pairs across labels, so that noise is not N(0, I) given one: leave out --conditional, --superres"),
         (s.decay == "linear" and s.warmup >= s.steps, f"--warmup {s.warmup} must be below --steps {s.steps} to decay"),
         (not evaluating and s.batch % (world * s.accumulate),
          f"--batch {s.batch} must be a multiple of {world} ranks x --accumulate {s.accumulate}"),
@@ -171,7 +173,8 @@ def check(s, given, state, evaluating, world):
             refuse(message)
     path, x, objective = PATHS[s.path](), torch.zeros(2, 1), OBJECTIVES[s.objective]
     try:  # loss and velocity say themselves what does not go together
-        cfm_loss(lambda t, x: x, path, x, x[ot_coupling(x, x)] if s.coupling == "ot" else None, **objective)
+        x0 = x[ot_coupling(x, x)] if s.coupling == "ot" and not evaluating else None
+        cfm_loss(lambda t, x: x, path, x, x0, **objective)
         velocity(s, lambda t, x: x, path)(torch.zeros(2), x)
     except (ValueError, ImportError) as e:
         refuse(f"--path {s.path} --objective {s.objective} --coupling {s.coupling}: {e}")
