@@ -394,7 +394,7 @@ def ot_coupling(x0, x1):
         from scipy.optimize import linear_sum_assignment
     except ImportError:
         raise ImportError("ot_coupling needs SciPy: pip install scipy") from None
-    cost = torch.cdist(x1.reshape(len(x1), -1), x0.reshape(len(x0), -1)).square()
+    cost = torch.cdist(*(x.reshape(len(x), -1).to(_wide(x.dtype)) for x in (x1, x0))).square()
     return torch.as_tensor(linear_sum_assignment(cost.detach().cpu().numpy())[1], device=x0.device)
 
 
@@ -737,12 +737,12 @@ def _dopri5(f, x, t, rtol, atol, max_nfe, split, cond):
     row = torch.arange(len(x), device=x.device)  # which sample a row is
     leg = torch.ones_like(row)  # and which of the times it heads for
     xs, nfe, rejected = x.new_zeros(len(t), *x.shape), torch.zeros_like(row), torch.zeros_like(row)
-    xs[0], t, t_end, calls = x, grid[:1].repeat(len(x)), grid[1:2].repeat(len(x)), 2
+    xs[0], t, t_end, calls = x, grid[:1].repeat(len(x)), grid[1:2].repeat(len(x)), 1
 
     def fail(i, what):
         t_reached, x_reached = grid[-1:].repeat(len(nfe)), xs[-1].detach().clone()
         t_reached[row], x_reached[row] = t, x.detach()
-        raise SolverError(f"dopri5: step {h[i]:.1e} at t = {t[i]:.6g} in sample {row[i]} after {calls} calls: {what}",
+        raise SolverError(f"dopri5: step {h[i]:.1e} at t = {t[i]:.6g} in sample {row[i]}, NFE {calls}: {what}",
                           t_reached, x_reached)
 
     k, h = f(t, x, **cond), torch.zeros_like(t)
@@ -750,6 +750,7 @@ def _dopri5(f, x, t, rtol, atol, max_nfe, split, cond):
         fail(_first(~k.isfinite()), "v is not finite at the start; look at its weights and at x")
     with torch.no_grad():
         h = _first_step(f, t, x, k, grid[1] - grid[0], rtol, atol, split, cond)
+    calls += 1
     space = _workspace(x, 7)
     while True:
         if calls + 6 > max_nfe:

@@ -78,12 +78,13 @@ def test_eq17_ve_field_in_the_papers_form():
 
 def test_eq19_vp_field_in_both_forms_of_the_paper():
     t, x, x1 = batch()
-    T = lambda s: 0.1 * s + 0.5 * s * s * 19.9
-    s, dT = 1 - t, by_autodiff(T, 1 - t)[:, None]
-    e = torch.exp(-T(s))[:, None]
-    assert_close(VPPath().u(t, x, x1), -dT / 2 * (e * x - e.sqrt() * x1) / (1 - e))
-    alpha, dalpha = e.sqrt(), by_autodiff(lambda s: torch.exp(-T(s) / 2), s)[:, None]
-    assert_close(VPPath().u(t, x, x1), dalpha / (1 - alpha**2) * (alpha * x - x1))
+    for path, low, high in ((VPPath(), 0.1, 20), (VPPath(0.0, 1.0), 0, 1), (VPPath(2.0, 2.0), 2, 2)):
+        T = lambda s: low * s + 0.5 * s * s * (high - low)
+        s, dT = 1 - t, by_autodiff(T, 1 - t)[:, None]
+        e = torch.exp(-T(s))[:, None]
+        assert_close(path.u(t, x, x1), -dT / 2 * (e * x - e.sqrt() * x1) / (1 - e))
+        alpha, dalpha = e.sqrt(), by_autodiff(lambda s: torch.exp(-T(s) / 2), s)[:, None]
+        assert_close(path.u(t, x, x1), dalpha / (1 - alpha**2) * (alpha * x - x1))
 
 
 def test_eq21_eq22_eq23_ot():
@@ -128,10 +129,15 @@ def test_published_numbers_of_the_vp_path():
 
 def test_t_span_ends_before_sigma_1_is_zero():
     assert OTPath().t_span == VEPath().t_span == (0.0, 1.0)
+    values = {OTPath(), OTPath(1e-4), VPPath(), VPPath(0.1, 20.0), VEPath(), VEPath(0.01, 10.0), CosinePath()}
+    assert len(values) == 4
     assert OTPath(0.0).t_span == CosinePath().t_span == AffinePath(lambda t: t, lambda t: 1 - t).t_span == (0.0, 1 - 1e-5)
     assert AffinePath(lambda t: t, lambda t: 1 - t, (0.0, 0.9)).t_span == (0.0, 0.9)
     assert (VEPath().source_std, VPPath().source_std, OTPath().source_std) == (10.0, 1.0, 1.0)
     assert [p.psi0_is_identity for p in (OTPath(), CosinePath(), VPPath(), VEPath())] == [True, True, False, False]
+    off = AffinePath(lambda t: 1.5 * t - 0.5, lambda t: 1 - t / 2)
+    narrow = AffinePath(lambda t: t, lambda t: 0.5 - t / 4)
+    assert not off.psi0_is_identity and not narrow.psi0_is_identity and narrow.source_std == 0.5
 
 
 @every_path
@@ -173,6 +179,38 @@ def test_conditional_flow_need_not_be_gaussian():
     flow = ConditionalFlow(psi)
     assert_close(flow.dpsi(t, x0, x1), by_autodiff(lambda t: psi(t, x0, x1), t))
     assert_close(cfm_loss(lambda t, x: 0 * x, flow, x1, t=t, x0=x0), flow.dpsi(t, x0, x1).square().mean())
+
+
+def test_paths_in_a_subclass_and_their_defaults():
+    class Flow(ConditionalFlow):
+        def psi(self, t, x0, x1):
+            return x0 + t[:, None] ** 3 * x1
+
+    class Path(GaussianPath):
+        def moments(self, t, x1):
+            t = fm.expand(t, x1)
+            return t**2 * x1, 1 - t / 2, 2 * t * x1, torch.full_like(t, -0.5)
+
+    (_, x0, x1), t = batch(), torch.full((5,), 0.3, dtype=torch.float64)
+    assert ConditionalFlow(Flow().psi, (0.0, 0.5)).t_span == (0.0, 0.5)
+    for flow in (Flow(), Path()):
+        assert flow.sample_source((2, 3)).shape == (2, 3)
+        assert flow.t_span == ConditionalFlow.t_span == (0.0, 1.0)
+        assert flow.source_std == ConditionalFlow.source_std == 1
+        slope = by_autodiff(lambda t: flow.psi(t, x0, x1), t)
+        assert_close(flow.dpsi(0.3, x0, x1), slope, rtol=1e-12, atol=1e-12)  # a number will do for t
+        assert_close(cfm_loss(lambda t, x: x, flow, x1, x0=x0, t=0.0), (x0 - flow.dpsi(0.0, x0, x1)).square().mean())
+
+
+def test_images_are_flat_vectors_to_every_formula():
+    path, (t, x, x1, data), flat = OTPath(0.1), (torch.rand(4), *torch.randn(3, 4, 2, 3, 3)), lambda a: a.flatten(1)
+    images, vectors = Marginal(path, data), Marginal(path, flat(data))
+    assert_close(path.log_prob(t, x, x1), path.log_prob(t, flat(x), flat(x1)))
+    for name in ("posterior", "log_prob", "x1_mean", "score", "__call__"):
+        assert_close(flat(getattr(images, name)(t, x)[:, None]), flat(getattr(vectors, name)(t, flat(x))[:, None]))
+    assert images.x1_mean(t, x).shape == images.score(t, x).shape == images(t, x).shape == x.shape
+    loss = lambda x1, noise: cfm_loss(lambda t, x: x, path, x1, noise=noise, t=t, reduction="none")
+    assert_close(loss(x1, x), loss(flat(x1), flat(x)))
 
 
 # ---- 2 Loss ----------------------------------------------------------------------------------------------------------
@@ -242,12 +280,13 @@ def test_loss_of_an_ensemble_under_vmap_is_that_of_its_members():
 
 
 def test_loss_times_are_stratified_and_each_row_is_uniform():
-    path, rows = VPPath(), []
+    path, rows = AffinePath(lambda t: t, lambda t: 1 - t, (0.2, 0.8)), []
     for _ in range(2000):
-        cfm_loss(lambda t, x: rows.append(t) or x, path, torch.zeros(8, 1))
-    t = torch.stack(rows) / path.t_span[1]  # (2000, 8)
+        cfm_loss(lambda t, x: rows.append(t) or x, path, torch.zeros(8, 1, dtype=torch.float64))
+    assert rows[0].dtype == torch.float64
+    t = (torch.stack(rows) - 0.2) / 0.6  # (2000, 8)
     assert ((t.sort(1).values * 8).floor() == torch.arange(8)).all()  # one in each eighth
-    assert 0 <= t.min() and t.max() < 1
+    assert t.min() > -1e-7 and t.max() < 1 + 1e-7
     for row in t.T:  # Kolmogorov-Smirnov against U[0, 1], at the 0.1 % level
         assert (row.sort().values - (torch.arange(2000) + 0.5) / 2000).abs().max() < 1.95 / math.sqrt(2000)
 
@@ -273,7 +312,7 @@ def test_eq46_conversion_of_the_exact_marginal_and_broadcast_of_t():
     assert_close(marginal(t, x), T / 2 * (x + score))  # Eq. (46) with the true sign of the score
     for source, value in (("score", score), ("data", marginal.x1_mean(t, x))):
         assert_close(path.convert(t, x, value, source, "velocity"), marginal(t, x))
-        assert_close(fm.as_velocity(lambda t, x, source=source, value=value: value, path, source)(t, x), marginal(t, x))
+        assert_close(fm.as_velocity(lambda t, x, y: y, path, source)(t, x, y=value), marginal(t, x))
 
 
 def test_conversions_raise_at_their_singular_ends():
@@ -281,7 +320,11 @@ def test_conversions_raise_at_their_singular_ends():
     for t, pairs in ((0.0, [("noise", "data"), ("score", "velocity")]), (1.0, [("data", "noise"), ("noise", "score"), ("data", "velocity")])):
         for source, target in pairs:
             with pytest.raises(ValueError, match=f"{source} does not tell {target} at t = {t:g}"):
-                path.convert(t, x, x, source, target)
+                path.convert(torch.tensor([0.5, t, 0.5, 0.5]), x, x, source, target)
+    with pytest.raises(ValueError, match="velocity does not tell data at t = 0 "):  # a path that starts at rest
+        AffinePath(lambda t: t**2, lambda t: 1 - t**2).convert(0.0, x, x, "velocity", "data")
+    assert all(path.convert(t, x, x, kind, kind) is x for kind in KINDS for t in (0.0, 1.0))
+    assert_close(path.convert(0.0, x, x, "noise", "score"), -x)
     assert path.convert(1.0, x, x, "velocity", "data").isfinite().all()
     assert path.convert(0.0, x, x, "velocity", "score").isfinite().all()
 
@@ -329,6 +372,18 @@ def test_ot_coupling_is_the_best_of_all_permutations(n):
     p = fm.ot_coupling(x0, x1)
     assert sorted(p.tolist()) == list(range(n))
     assert abs(cost(p.tolist()) - min(map(cost, permutations(range(n))))) < 1e-4
+
+
+def test_ot_coupling_squares_its_distances():
+    pytest.importorskip("scipy")
+    x0, x1 = torch.tensor([[0.0, 0.0], [1.0, 0.5]], requires_grad=True), torch.tensor([[1.0, 0.5], [2.0, 0.0]])
+    assert fm.ot_coupling(x0, x1).tolist() == [0, 1]  # 1.25 + 1.25 < 0 + 4, but sqrt(1.25) + sqrt(1.25) > 0 + 2
+
+
+def test_ot_coupling_of_half_precision_is_that_of_float32():
+    pytest.importorskip("scipy")
+    x0, x1 = torch.randn(2, 6, 3, dtype=torch.bfloat16)
+    assert torch.equal(fm.ot_coupling(x0, x1), fm.ot_coupling(x0.float(), x1.float()))
 
 
 def test_ot_coupling_without_scipy_says_what_to_install(monkeypatch):
@@ -382,7 +437,12 @@ def test_marginal_stays_exact_where_sigma_vanishes():
     ours, exact = Marginal(path, data), Marginal(path, data.double())
     assert_close(ours.posterior(t, x).double(), exact.posterior(t, x.double()), atol=1e-4, rtol=0)
     assert_close(ours.log_prob(t, x).double(), exact.log_prob(t, x.double()), atol=2e-2, rtol=1e-4)
-    assert Marginal(OTPath(), data)(0.0, 1e4 * torch.randn(2, 50)).isfinite().all()
+    far = 1e4 * torch.randn(20, 50)
+    assert_close(Marginal(OTPath(), data).log_prob(0.0, far), Normal(0, 1).log_prob(far).sum(1))
+    assert Marginal(OTPath(), data)(0.0, far).isfinite().all()
+    both, ts = torch.cat([x, far]).requires_grad_(), torch.cat([t, 0 * t])  # some of a batch cancels, some does not
+    assert_close(ours.log_prob(ts, both), torch.cat([ours.log_prob(t, x), ours.log_prob(0.0, far)]))
+    assert torch.autograd.grad(ours.log_prob(ts, both).sum(), both)[0].isfinite().all()
     assert Marginal(OTPath(1e-6), data[:, :2])(1.0, x[:, :2]).isfinite().all()
 
 
@@ -449,8 +509,33 @@ def test_dopri5_accepts_exactly_what_its_error_estimate_allows():
         for d in (1, 50):  # RMS: not diluted, not summed
             solution = odeint(lambda t, x: size / error * t[:, None] ** 4 + 0 * x, torch.zeros(1, d).double(), rtol=0, atol=1)
             assert (solution.accepted.item(), solution.rejected.item()) == (accepted, rejected)
+    for start, sign in ((1.0, 1), (1.0, -1), (-1.0, 1), (-1.0, -1)):  # rtol goes with the larger of |x| at both ends
+        v, x = lambda t, x: sign * t[:, None] ** 4 + 0 * x, torch.full((1, 1), start, dtype=torch.float64)
+        for size, accepted in ((0.95, 1), (1.05, 2)):
+            rtol = error / size / max(abs(start), abs(start + sign / 5))
+            assert odeint(v, x, rtol=rtol, atol=0).accepted.item() == accepted
     nfe = [odeint(lambda t, x: torch.sin(9 * t)[:, None] * x, torch.full((1, 1), 1e4), atol=1e-9, rtol=r).nfe.item() for r in (1e-3, 1e-6)]
     assert nfe[0] < 0.5 * nfe[1]  # rtol counts
+
+
+def test_dopri5_feels_no_sign_unit_of_time_or_direction():
+    v = lambda t, x: torch.sin(4 * x.flip(1)) * torch.cos(3 * t)[:, None] - x  # odd in x
+    x = torch.randn(20, 2, dtype=torch.float64)
+    solution, mirrored = odeint(v, x), odeint(v, -x)
+    assert torch.equal(mirrored.x, -solution.x)
+    slow, back = odeint(lambda t, x: v(t / 8, x) / 8, x, (0, 8)), odeint(lambda t, x: -v(-t, x), x, (0, -1))
+    assert_close((slow.x, back.x), (solution.x, solution.x))
+    for other in (mirrored, slow, back, odeint(v, x, rtol=1e-5, atol=1e-5)):
+        assert torch.equal(other.nfe, solution.nfe) and other.accepted.dtype == other.rejected.dtype == torch.int64
+
+
+def test_max_nfe_is_never_overrun():
+    v = lambda t, x: calls.append(t) or torch.sin(200 * t)[:, None] + 0 * x
+    for most, n in ((8, 8), (13, 8), (14, 14)):
+        calls = []
+        with pytest.raises(SolverError, match=f"in sample 0, NFE {n}: max_nfe = {most} is spent"):
+            odeint(v, torch.zeros(1, 1), max_nfe=most)
+        assert len(calls) == n
 
 
 def test_a_step_cut_short_by_a_requested_time_is_taken_up_again():
@@ -551,6 +636,19 @@ def test_fixed_steps_are_shared_by_length_with_one_at_least():
     seen = []
     odeint(lambda t, x: seen.append(round(t[0].item(), 6)) or x, torch.ones(1, 1), (0.0, 0.01, 0.75, 1.0), method="euler", steps=5)
     assert seen == [0, 0.01, 0.256667, 0.503333, 0.75]
+    for t in ((5.0, 6.0, 6.75), (-5.0, -6.0, -6.75)):
+        seen.clear()
+        odeint(lambda t, x: seen.append(round(abs(t[0].item()), 3)) or x, torch.ones(1, 1), t, method="euler", steps=5)
+        assert seen == [5, 5.333, 5.667, 6, 6.375]
+
+
+def test_times_of_float64_are_kept_to_the_last_bit():
+    a, b, seen = 0.2, 1.0, []
+    assert a + (b - a) * 3 / 3 != b
+    x, v = torch.zeros(1, 1, dtype=torch.float64), lambda t, x: seen.append(t.item()) or torch.ones_like(x)
+    odeint(v, x, (a, b), method="rk4", steps=3)
+    assert (seen[0], seen[-1]) == (a, b)
+    assert_close(odeint(v, x, (0.5, 0.5 + 1e-9)).x.item(), (0.5 + 1e-9) - 0.5, rtol=1e-12, atol=0)
 
 
 def test_starting_step_of_easy_and_of_deceptive_fields():
@@ -582,7 +680,8 @@ def test_float32_makes_no_float64_tensor():
             log_prob(v, x, path), log_prob(v, x, path, divergence="hutchinson", probes=2)
             Marginal(path, x)(0.5, x), Marginal(path, x).log_prob(0.5, x)
         odeint(v, x, torch.linspace(0, 1, 3)), odeint(v, x, (1, 0.5, 0), method="rk4", steps=4)
-        bits_per_dim(lambda t, x: 0 * x, torch.zeros(2, 3, dtype=torch.uint8), K=2)
+        bits_per_dim(lambda t, x: 0 * x, torch.zeros(1, 3, dtype=torch.uint8), K=2)
+        UNet(**SMALL, num_classes=1, cond_channels=1)(0.5, torch.randn(2, 3, 8, 8), cond=torch.randn(2, 1, 8, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -594,6 +693,13 @@ def test_half_precision_keeps_its_times_in_float32(dtype):
     assert solution.xs.dtype == solution.x.dtype == dtype
     assert_close(solution.x, x * math.exp(-1), atol=0.02, rtol=0.02)
     assert cfm_loss(v, OTPath(), x).isfinite() and log_prob(v, x, method="rk4", steps=4).log_prob.isfinite().all()
+    assert cfm_loss(v, ConditionalFlow(lambda t, x0, x1: v(t, x0)), x, t=0.3).isfinite()
+    assert fm.sample_sde(v, OTPath(0.3), (4, 2), steps=3, dtype=dtype).dtype == dtype
+    assert fm.expand(0.7313, x).dtype == torch.float32
+    y = torch.randn(2, 1001).to(dtype)
+    record = log_prob(lambda t, x: v(t, -x / 4), y, method="euler", steps=1)  # half precision has no 250.25, the trace
+    assert_close(record.log_prob, Normal(0, 1).log_prob(0.75 * y.float()).sum(1) - 250.25, atol=0.02, rtol=0)
+    assert record.x0.dtype == dtype and record.log_prob.dtype == torch.float32
     assert seen == {(torch.float32, dtype)}
 
 
@@ -609,23 +715,28 @@ def test_odeint_is_differentiable_and_sample_is_not():
 
 def test_solver_error_says_what_happened_and_keeps_the_state():
     x = torch.tensor([[0.1], [1.0], [0.2]])
-    with pytest.raises(SolverError, match=r"dopri5: step .* at t = 0\.\d+ in sample 1 after \d+ calls.*float32") as e:
-        odeint(lambda t, x: x**2 * 4, x)  # 1 / (1 / x - 4 t) ends at t = 1/4 for the second sample
+    with pytest.raises(SolverError, match=r"dopri5: step .* at t = 0\.\d+ in sample 1, NFE \d+: .*float32") as e:
+        odeint(lambda t, x: x**2 * 4, x.clone().requires_grad_(), (0, 0.2, 1))  # 1 / (1 / x - 4 t): x = 1 ends at 1/4
     assert abs(e.value.t[1] - 0.25) < 1e-3 and e.value.t.shape == (3,) and e.value.x.shape == (3, 1)
-    i = 0  # the state that every sample has reached is a true one
-    assert_close(e.value.x[i, 0], 1 / (1 / x[i, 0] - 4 * e.value.t[i]), atol=1e-3, rtol=1e-3)
+    assert e.value.t[0] == e.value.t[2] == 1 and not e.value.x.requires_grad  # the others were done, and truly
+    assert_close(e.value.x[[0, 2]], 1 / (1 / x[[0, 2]] - 4), atol=1e-3, rtol=1e-3)
+    with pytest.raises(SolverError, match=r"step .* at t = -1\.75\d* in sample 1 .*singular here"):
+        odeint(lambda t, x: x**2 * 4, x, (-2, -1))  # wherever on the axis of time
     with pytest.raises(SolverError, match="max_nfe = 50 is spent") as e:
         odeint(lambda t, x: torch.sin(200 * t)[:, None] + 0 * x, x, max_nfe=50)
     assert 0 < e.value.t.min() and e.value.t.max() < 1
-    with pytest.raises(SolverError, match="sample 2 after 2 calls: v is not finite at the start"):
+    with pytest.raises(SolverError, match="sample 2, NFE 1: v is not finite at the start"):
         odeint(lambda t, x: torch.where(x == x[2], torch.nan, x), x)
-    with pytest.raises(SolverError, match=r"after \d\d?\d? calls: .*v is not finite near here"):
+    with pytest.raises(SolverError, match=r"NFE \d\d?\d?: .*v is not finite near here"):
         odeint(lambda t, x: torch.where(t[:, None] > 0, torch.inf, x), x)
     with pytest.raises(SolverError, match="v is not finite near here"):
         odeint(lambda t, x: torch.where(t[:, None] > 0.5, torch.inf, x), x)
-    with pytest.raises(SolverError, match="not finite in sample 1 .*take more steps") as e:
-        odeint(lambda t, x: 100 * x**3, x, method="euler", steps=30)
-    assert e.value.x.isfinite().all()
+    with pytest.raises(SolverError, match="sample 2, NFE 1:"):
+        odeint(lambda t, x: torch.where(x == x[2, 1], torch.nan, x), torch.randn(4, 3))  # one entry will do
+    calls = []
+    with pytest.raises(SolverError, match=r"not finite in sample 1 after \d+ calls.*take more steps") as e:
+        odeint(lambda t, x: calls.append(t) or 100 * x**3, x, method="euler", steps=30)
+    assert e.value.x.isfinite().all() and f"after {len(calls)} calls" in str(e.value)
 
 
 def test_a_non_finite_trial_step_is_rejected_not_fatal():
@@ -655,6 +766,22 @@ def test_sde_is_a_function_of_its_generator_and_stops_where_it_is_not_finite():
     with pytest.raises(SolverError, match="step 1 of 5, at t = 0, is not finite") as e:
         fm.sample_sde(lambda t, x: x / 0, OTPath(), (4, 2), 5)
     assert e.value.x.shape == (4, 2) and e.value.x.isfinite().all()
+
+
+def test_sde_options_are_those_given():
+    path = AffinePath(lambda t: t, lambda t: 1 - t / 2, (0.2, 0.8))
+    y = torch.full((4, 1), 0.5, dtype=torch.float64, requires_grad=True)
+    seed = lambda: {"generator": torch.Generator().manual_seed(3), "dtype": torch.float64}
+    v = lambda t, x, y: y * t[:, None] * x
+    draw = lambda **options: fm.sample_sde(v, path, (4, 2), steps=3, y=y, **seed(), **options)
+    euler = math.prod(1 + 0.2 * 0.5 * t for t in (0.2, 0.4, 0.6))
+    assert_close(draw(g=0.0), euler * torch.randn(4, 2, **seed()))
+    assert torch.equal(draw(), draw(g=1.0)) and not torch.equal(draw(), draw(g=1.1)) and not draw().requires_grad
+    times = []
+    assert torch.equal(draw(), draw(g=lambda t: times.append(round(t, 6)) or 1.0)) and times == [0.2, 0.4, 0.6]
+    u, x0 = Marginal(OTPath(0.3), torch.randn(3, 2, dtype=torch.float64)), torch.randn(4, 2, **seed())
+    one = fm.sample_sde(u, OTPath(0.3), (4, 2), steps=1, g=2.0, **seed())  # the last step has no noise
+    assert_close(one, x0 + u(0.0, x0) + 2 * u.score(0.0, x0))
 
 
 def test_eq38_noising_sde_of_vp_and_ve_and_the_probability_flow_of_eq40():
@@ -731,6 +858,8 @@ def test_log_determinant_is_controlled_on_its_own():
     exact = log_prob(v, x1.double(), rtol=1e-10, atol=1e-10).log_prob
     assert_close(few.double(), exact, atol=2e-3, rtol=0)
     assert_close(padded.log_prob.double() + 999 / 2 * math.log(2 * math.pi), exact, atol=2e-3, rtol=0)
+    u = lambda t, x: torch.cos(9 * t)[:, None] + 0 * x  # and the point is not diluted by its probes
+    assert torch.equal(log_prob(u, x1, divergence="hutchinson", probes=999).nfe, odeint(u, x1, (1, 0)).nfe)
 
 
 def test_log_prob_works_on_any_shape_in_chunks_and_for_constant_fields():
@@ -739,15 +868,24 @@ def test_log_prob_works_on_any_shape_in_chunks_and_for_constant_fields():
     assert_close(log_prob(lambda t, x: torch.ones_like(x), x1).log_prob, expected, atol=1e-3, rtol=0)
     w = torch.nn.Parameter(torch.ones(()))
     assert_close(log_prob(lambda t, x: w.expand_as(x), x1).log_prob, expected, atol=1e-3, rtol=0)
+    record = log_prob(lambda t, x: w.expand_as(x), x1, divergence="hutchinson")
+    assert_close(record.log_prob, expected, atol=1e-3, rtol=0)
     wide = torch.randn(2, 1500)  # 2**22 // 3000 rows: two chunks of the identity
     assert_close(log_prob(lambda t, x: 0.3 * x, wide).log_prob, Normal(0, math.exp(0.3)).log_prob(wide).sum(1), atol=1e-1, rtol=1e-5)
-    assert log_prob(lambda t, x: 0.3 * x, torch.randn(4)).log_prob.shape == (4,)
+    huge = torch.randn(4, 2**20 + 1)  # one probe at a time, on one graph; they are exact for a diagonal Jacobian
+    record = log_prob(lambda t, x: torch.sin(x), huge, divergence="hutchinson", probes=2, method="euler", steps=1)
+    assert_close(record.log_prob, (Normal(0, 1).log_prob(huge - huge.sin()) - huge.cos()).sum(1))
+    for shape in ((4,), (1,), (1, 2, 3)):
+        record = log_prob(lambda t, x: 0.3 * x, torch.randn(shape))
+        assert record.log_prob.shape == record.nfe.shape == shape[:1] and record.x0.shape == shape
+    y, path = x1[:1], AffinePath(lambda t: t, lambda t: 1 - t / 2, (0.2, 0.8))  # from t = 0.8 to 0.2
+    assert_close(log_prob(lambda t, x: torch.ones_like(x), y, path).x0, y - 0.6, atol=1e-4, rtol=0)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile's own
 def test_log_prob_under_inference_mode_autocast_and_torch_compile():
     net, x1 = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2)), torch.randn(6, 2)
-    v = lambda t, x, y: net(torch.cat([x, t[:, None] * y[:, None]], 1))
+    v = lambda t, x, y: net(torch.cat([x * y[:, None], t[:, None]], 1))
     y = torch.ones(6)
     plain = log_prob(v, x1, y=y).log_prob
     with torch.inference_mode():
@@ -755,11 +893,14 @@ def test_log_prob_under_inference_mode_autocast_and_torch_compile():
     with torch.autocast("cpu", torch.bfloat16):  # v in bfloat16, the solver in float32
         assert_close(log_prob(v, x1, method="rk4", steps=8, y=y).log_prob, plain, atol=0.1, rtol=0)
         assert odeint(lambda t, x: torch.ones_like(x), torch.full((2, 2), 1000.0), method="euler", steps=64).x.eq(1001).all()
-        marginal, z = Marginal(OTPath(), torch.randn(50, 40)), torch.randn(3, 40)
-        in_autocast = marginal(0.5, z)
-    assert torch.equal(in_autocast, marginal(0.5, z))
+        seen = set()
+        odeint(lambda t, x: seen.add((x @ x.mT).dtype) or x, x1)
+        assert seen == {torch.bfloat16}
+        data, z = torch.randn(50, 40), torch.randn(3, 40)
+        in_autocast = Marginal(OTPath(), data)(0.5, z)
+    assert_close(in_autocast.double(), Marginal(OTPath(), data.double())(0.5, z.double()), atol=1e-4, rtol=1e-4)
     compiled = torch.compile(net, backend="aot_eager")  # has no batched backward, and by default gives one backward only
-    field = lambda t, x, y: compiled(torch.cat([x, t[:, None] * y[:, None]], 1))
+    field = lambda t, x, y: compiled(torch.cat([x * y[:, None], t[:, None]], 1))
     assert log_prob(field, x1, divergence="hutchinson", y=y).log_prob.isfinite().all()
     import torch._functorch.config as config
 
@@ -825,7 +966,8 @@ def test_eq37_uniform_density_has_exactly_8_bits():
 def test_eq47_is_the_mean_of_k_densities(monkeypatch):
     draws = iter([torch.tensor([-100.0, -50.0]), torch.tensor([-101.0, -50.0]), torch.tensor([-103.0, -50.0])])
     seen = []
-    fake = lambda v, y, *a, **k: seen.append(y) or fm.LogProb(next(draws), torch.full((2,), 3.0), y, torch.tensor([7, 7]))
+    two, seven = torch.full((2,), 2.0), torch.full((2,), 7)
+    fake = lambda v, y, *a, **k: seen.append(y) or fm.LogProb(next(draws), two, y, seven)
     monkeypatch.setattr(fm, "log_prob", fake)
     record = bits_per_dim(None, torch.full((2, 5), 200, dtype=torch.uint8), K=3)
     u = (torch.stack(seen) + 1) * 128 - 200  # the dequantisation noise, new for every draw
@@ -833,7 +975,11 @@ def test_eq47_is_the_mean_of_k_densities(monkeypatch):
     mean = torch.tensor([(math.exp(0) + math.exp(-1) + math.exp(-3)) / 3 * 1e-30, 1e-30]).log() - math.log(1e-30)
     expected = -(mean + torch.tensor([-100.0, -50.0])) / (5 * math.log(2)) + 7
     assert_close(record.bpd, expected)
-    assert_close(record.std_err[1].item(), 3 / math.sqrt(3) / (5 * math.log(2)))
+    assert_close(record.std_err[1].item(), 2 / math.sqrt(3) / (5 * math.log(2)))
+    assert record.nfe.tolist() == [21, 21]
+    draws = iter([torch.zeros(2)])
+    record = bits_per_dim(None, torch.zeros(2, 5, dtype=torch.uint8))  # one draw unless told
+    assert_close(record.bpd, torch.full((2,), 7.0))
 
 
 def test_conditioning_follows_its_samples():
@@ -853,6 +999,7 @@ def test_sample_starts_from_the_source_of_the_path():
     for path in (VEPath(), OTPath()):
         record = sample(lambda t, x: 0 * x, path, (20000, 1))
         assert abs(record.x.std() - path.source_std) < 0.03 * path.source_std
+        assert sample(lambda t, x: 0 * x, path, (2, 1), dtype=torch.float64).x.dtype == torch.float64
     a = sample(lambda t, x: x, VPPath(), (4, 2), generator=torch.Generator().manual_seed(3), method="euler", steps=2)
     b = sample(lambda t, x: x, VPPath(), (4, 2), generator=torch.Generator().manual_seed(3), t=(0, 0.5), method="euler", steps=2)
     assert torch.equal(a.xs[0], b.xs[0]) and not torch.equal(a.x, b.x)
@@ -903,6 +1050,7 @@ def test_table_3_parameter_counts(settings, count):
     with torch.device("meta"):
         net = UNet(**settings)
     assert sum(p.numel() for p in net.parameters()) == count
+    assert {m.p for m in net.modules() if isinstance(m, torch.nn.Dropout)} == {settings.get("dropout", 0.1)}
     assert not list(net.buffers()) and len(net.state_dict()) == len(list(net.parameters()))
 
 
@@ -945,13 +1093,14 @@ def test_upsample_is_nearest_then_convolution(size):
     assert_close(layer(x), F.conv2d(enlarged, layer.weight, layer.bias, padding=1))
 
 
-def test_attention_by_hand():
-    layer, x = filled(Attention(8, 4)).double(), pictures(2, 8, 4)[1]
+@pytest.mark.parametrize("head_channels, n", [(4, 2), (8, 1), (64, 1)])
+def test_attention_by_hand(head_channels, n):
+    layer, x = filled(Attention(8, head_channels)).double(), pictures(2, 8, 4)[1]
     h = torch.einsum("bcn,dc->bdn", layer.norm(x).flatten(2), layer.qkv.weight)
-    heads = (h + layer.qkv.bias[:, None]).chunk(2, 1)
+    heads = (h + layer.qkv.bias[:, None]).chunk(n, 1)
     out = []
-    for q, k, v in (head.chunk(3, 1) for head in heads):  # each (B, 4, HW)
-        out.append(v @ torch.softmax(q.mT @ k / 2, -1).mT)
+    for q, k, v in (head.chunk(3, 1) for head in heads):  # each (B, 8 / n, HW)
+        out.append(v @ torch.softmax(q.mT @ k / math.sqrt(8 / n), -1).mT)
     proj = torch.einsum("bcn,dc->bdn", torch.cat(out, 1), layer.proj.weight)
     assert_close(layer(x), x + (proj + layer.proj.bias[:, None]).reshape(x.shape))
 
@@ -999,6 +1148,22 @@ def test_labels_and_conditioning_image():
     assert all((v[i] - free[i]).abs().max() > 1e-3 for i in (0, 1))
     assert (net(t, x, y=y, cond=2 * cond) - v).abs().max() > 1e-3
     assert v.shape == x.shape and v.dtype == x.dtype
+    assert_close(net.float()(t, x.float(), y, cond.double()), v.float(), rtol=1e-3, atol=1e-4)  # of its own precision
+
+
+def test_a_label_is_added_to_the_embedding_of_time():
+    labelled, plain, (t, x) = small(num_classes=2), small(), pictures()
+    plain.load_state_dict({k: w for k, w in labelled.state_dict().items() if k != "label.weight"})
+    with torch.no_grad():
+        plain.embed[2].bias += labelled.label.weight[1]
+    assert_close(plain(t, x), labelled(t, x, torch.tensor([1, 1, 1])))
+
+
+def test_the_least_settings_are_accepted():
+    with torch.device("meta"):
+        UNet(**{**SMALL, "head_channels": 3, "attention": (8, 4)}, num_classes=1, in_channels=1, out_channels=1)
+        net = UNet(2, 1, 1, 2, channel_mult=(1, 1.5), attention=(), blocks=1, head_channels=1)
+    assert net.middle[0].conv_out.out_channels == 3 and not any(isinstance(m, Attention) for m in net.down.modules())
 
 
 def test_gradient_reaches_every_parameter():
@@ -1099,7 +1264,7 @@ def test_from_adm_refuses_too_few_or_too_many_weights():
     state = adm(UNet(**SMALL))
     last = list(state)[-1]
     with pytest.raises(ValueError, match="nothing.*module.more"):
-        UNet.from_adm({**state, "module.more": torch.zeros(3)}, **SMALL)
+        UNet.from_adm({**state, "module.more": torch.zeros(1)}, **SMALL)
     with pytest.raises(ValueError, match="head.2.bias.*nothing"):
         UNet.from_adm({k: state[k] for k in state if k != last}, **SMALL)
     with pytest.raises(ValueError, match="step"):
@@ -1114,6 +1279,9 @@ def test_from_adm_refuses_too_few_or_too_many_weights():
         (dict(channels=9), "channels.*2.*9"),
         (dict(blocks=0), "blocks.*0"),
         (dict(num_classes=0), "num_classes.*0"),
+        (dict(in_channels=0), "in_channels.*0"),
+        (dict(out_channels=0), "out_channels.*0"),
+        (dict(head_channels=0), "head_channels.*0"),
         (dict(channels=20, head_channels=6), "head_channels.*40.*6"),
     ],
 )
@@ -1180,6 +1348,8 @@ def test_guidance_scale_1_is_none_and_it_goes_through_the_solver():
     assert_close(odeint(fm.guided(net, 0.0), x, y=y, **steps).x, odeint(net, x, **steps).x)
     t, strong = torch.full((3,), 0.5).double(), fm.guided(net, 3.0)
     assert_close(strong(t, x, y=y), net(t, x) + 3 * (net(t, x, y=y) - net(t, x)))
+    field = lambda t, x, z, y=0.0: z * (x + y)  # what is not dropped goes into both calls
+    assert_close(fm.guided(field, 3.0)(t, x, y=1.0, z=2.0), 2 * (x + 3))
 
 
 # ---- Bad input -------------------------------------------------------------------------------------------------------
@@ -1188,7 +1358,7 @@ x, ok = torch.randn(4, 2), lambda t, x, **cond: x
 BAD_CALLS = {
     "cfm_loss integer data": (lambda: cfm_loss(ok, OTPath(), torch.ones(4, 2, dtype=torch.long)), "x1 must be a floating"),
     "cfm_loss not a tensor": (lambda: cfm_loss(ok, OTPath(), [[1.0]]), "x1 must be .* got list"),
-    "cfm_loss NaN": (lambda: cfm_loss(ok, OTPath(), x / 0), "x1 must be finite"),
+    "cfm_loss NaN": (lambda: cfm_loss(ok, OTPath(), x.where(x < x.max(), math.nan)), "finite; 1 of its 8"),
     "cfm_loss empty": (lambda: cfm_loss(ok, OTPath(), x[:0]), "B >= 1"),
     "cfm_loss scalar": (lambda: cfm_loss(ok, OTPath(), torch.ones(())), "x1 must be"),
     "cfm_loss x0 shape": (lambda: cfm_loss(ok, OTPath(), x, x0=x[:2]), r"x0 must have the shape of x1, \(4, 2\)"),
@@ -1196,13 +1366,14 @@ BAD_CALLS = {
     "cfm_loss x0 on VE": (lambda: cfm_loss(ok, VEPath(), x, x0=x), "x0 cannot be paired on VEPath"),
     "cfm_loss noise and x0": (lambda: cfm_loss(ok, OTPath(), x, x0=x, noise=x), "x0, your pairs, and noise, .* exclude"),
     "cfm_loss noise shape": (lambda: cfm_loss(ok, VPPath(), x, noise=x[:2]), r"noise must have the shape of x1, \(4, 2\)"),
-    "cfm_loss t outside": (lambda: cfm_loss(ok, OTPath(), x, t=torch.full((4,), 1.5)), "t must lie in .* got 1.5"),
+    "cfm_loss t outside": (lambda: cfm_loss(ok, OTPath(), x, t=torch.tensor([0, 0, 1.5, 1])), "t must lie .* to 1.5"),
     "cfm_loss t NaN": (lambda: cfm_loss(ok, OTPath(), x, t=math.nan), "t must lie in"),
     "cfm_loss t beyond the cut": (lambda: cfm_loss(ok, VPPath(), x, t=torch.ones(4)), "t must lie in"),
     "cfm_loss t shape": (lambda: cfm_loss(ok, OTPath(), x, t=torch.rand(4, 1)), r"t must have shape \(\) or \(4,\)"),
     "cfm_loss reduction": (lambda: cfm_loss(ok, OTPath(), x, reduction="sum"), "reduction must be"),
     "cfm_loss cond rows": (lambda: cfm_loss(ok, OTPath(), x, y=torch.ones(3)), "y is no option .* 4 rows; got shape"),
     "cfm_loss cond type": (lambda: cfm_loss(ok, OTPath(), x, y="cat"), "y is no option .* got 'cat'"),
+    "cfm_loss cond number": (lambda: cfm_loss(ok, OTPath(), x, y=torch.ones(())), r"y is no option .* got shape \(\)"),
     "cfm_loss v shape": (lambda: cfm_loss(lambda t, x: x[:, :1], OTPath(), x), "v must return the shape of x"),
     "cfm_loss path": (lambda: cfm_loss(ok, OTPath, x), "path must be a ConditionalFlow such as OTPath"),
     "cfm_loss x0 integers": (lambda: cfm_loss(ok, OTPath(), x, x0=x.long()), "x0 must be a floating"),
@@ -1213,9 +1384,14 @@ BAD_CALLS = {
     "log_prob path": (lambda: log_prob(ok, x, "ot"), "path must be"),
     "odeint one number": (lambda: odeint(ok, x, t=0.5), "two or more"),
     "odeint times nested": (lambda: odeint(ok, x, t=[[0.0, 1.0]]), "two or more"),
-    "odeint max_nfe 0": (lambda: odeint(ok, x, max_nfe=0), "max_nfe must be"),
+    "sample_sde steps 2.5": (lambda: fm.sample_sde(ok, OTPath(), (2, 2), steps=2.5), "steps must be"),
+    "odeint max_nfe 7": (lambda: odeint(ok, x, max_nfe=7), "max_nfe must be"),
+    "odeint max_nfe 20.5": (lambda: odeint(ok, x, max_nfe=20.5), "max_nfe must be"),
     "Marginal half": (lambda: Marginal(OTPath(), x.half()), "data must be float32"),
     "VPPath inf": (lambda: VPPath(0.1, math.inf), "beta_max"),
+    "VPPath 0": (lambda: VPPath(0.0, 0.0), "beta_max"),
+    "VEPath inf": (lambda: VEPath(0.1, math.inf), "sigma_max"),
+    "VEPath equal": (lambda: VEPath(1.0, 1.0), "sigma_max"),
     "cfm_loss predict": (lambda: cfm_loss(ok, OTPath(), x, predict="x0"), "predict must be"),
     "cfm_loss weight shape": (lambda: cfm_loss(ok, OTPath(), x, weight=lambda t: t[:, None]), "weight must give one number"),
     "cfm_loss score of no density": (lambda: cfm_loss(ok, ConditionalFlow(lambda t, x0, x1: x1), x, predict="score"), "on a GaussianPath, score"),
@@ -1223,6 +1399,7 @@ BAD_CALLS = {
     "sample_sde path": (lambda: fm.sample_sde(ok, "ot", (2, 2), steps=2), "path must be affine"),
     "sample_sde v shape": (lambda: fm.sample_sde(lambda t, x: x[:, :1], OTPath(), (2, 2), steps=2), "v must return"),
     "cfm_loss weight": (lambda: cfm_loss(ok, OTPath(), x, weight="beta"), "'beta' on VPPath"),
+    "cfm_loss weight name": (lambda: cfm_loss(ok, VPPath(), x, weight="sigma"), "weight must be"),
     "convert source": (lambda: OTPath().convert(0.5, x, x, "eps", "data"), "source must be"),
     "ot_coupling shapes": (lambda: fm.ot_coupling(x, x[:2]), "x0 and x1 must"),
     "OTPath sigma_min < 0": (lambda: OTPath(-0.1), "sigma_min must lie in"),
@@ -1232,6 +1409,7 @@ BAD_CALLS = {
     "Marginal path": (lambda: Marginal(GaussianPath(), x), "path must be affine"),
     "Marginal data": (lambda: Marginal(OTPath(), x[:0]), "data must be"),
     "Marginal t": (lambda: Marginal(OTPath(), x)(1.5, x), "t must lie in"),
+    "Marginal x NaN": (lambda: Marginal(OTPath(), x)(0.5, x * math.nan), "x must be finite"),
     "Marginal x dims": (lambda: Marginal(OTPath(), x)(0.5, torch.ones(3, 5)), "x must be 2-dimensional"),
     "Marginal x dtype": (lambda: Marginal(OTPath(), x)(0.5, x.double()), "x must be .*float32"),
     "odeint method": (lambda: odeint(ok, x, method="heun"), "method must be one of euler, midpoint, rk4, dopri5; got 'heun'"),
@@ -1241,27 +1419,36 @@ BAD_CALLS = {
     "odeint few steps": (lambda: odeint(ok, x, (0, 0.5, 1), method="rk4", steps=1), "each of the 2 intervals"),
     "odeint dopri5 steps": (lambda: odeint(ok, x, steps=10), "steps = 10 does not go with dopri5"),
     "odeint euler rtol": (lambda: odeint(ok, x, method="euler", steps=3, rtol=1e-3), "are for dopri5"),
+    "odeint euler atol": (lambda: odeint(ok, x, method="euler", steps=3, atol=1e-3), "are for dopri5"),
     "odeint euler max_nfe": (lambda: odeint(ok, x, method="euler", steps=3, max_nfe=10), "are for dopri5"),
     "odeint tolerances 0": (lambda: odeint(ok, x, rtol=0, atol=0), "not both 0"),
     "odeint tolerance < 0": (lambda: odeint(ok, x, rtol=-1e-3), "rtol and atol must be"),
+    "odeint rtol < 0": (lambda: odeint(ok, x, rtol=-1e-3, atol=1.0), "rtol and atol must be"),
+    "odeint atol < 0": (lambda: odeint(ok, x, rtol=1.0, atol=-1e-3), "rtol and atol must be"),
+    "odeint tolerance inf": (lambda: odeint(ok, x, rtol=math.inf), "rtol and atol must be"),
     "odeint tolerance NaN": (lambda: odeint(ok, x, rtol=math.nan), "rtol and atol must be"),
     "odeint times equal": (lambda: odeint(ok, x, (0, 0.5, 0.5, 1)), "strictly rising or strictly falling"),
     "odeint times turn": (lambda: odeint(ok, x, (0, 1, 0.5)), "strictly rising"),
     "odeint times collapse": (lambda: odeint(ok, x, (0.5, 0.5 + 1e-12)), "in torch.float32"),
     "odeint one time": (lambda: odeint(ok, x, (0.5,)), "two or more"),
     "odeint times NaN": (lambda: odeint(ok, x, (0, math.nan)), "finite times"),
+    "odeint times inf": (lambda: odeint(ok, x, (0, math.inf)), "finite times"),
     "odeint x NaN": (lambda: odeint(ok, x * math.nan), "x must be finite"),
     "odeint x int": (lambda: odeint(ok, torch.ones(2, 2, dtype=torch.int)), "x must be a floating"),
     "odeint typo": (lambda: odeint(ok, x, step=10), "step is no option here.*got 10"),
     "odeint v shape": (lambda: odeint(lambda t, x: x.sum(1), x), r"v must return the shape of x, \(4, 2\)"),
     "log_prob divergence": (lambda: log_prob(ok, x, divergence="trace"), "divergence must be"),
     "log_prob probes 0": (lambda: log_prob(ok, x, divergence="hutchinson", probes=0), "probes must be"),
+    "log_prob probes 2.5": (lambda: log_prob(ok, x, divergence="hutchinson", probes=2.5), "probes must be"),
     "log_prob probes exact": (lambda: log_prob(ok, x, probes=3), "goes with divergence='hutchinson'"),
     "log_prob data": (lambda: log_prob(ok, x.int()), "x1 must be"),
     "log_prob cond": (lambda: log_prob(ok, x, y=torch.ones(2)), "4 rows"),
     "log_prob v shape": (lambda: log_prob(lambda t, x: x[:, :1], x), "v must return"),
     "bits_per_dim float": (lambda: bits_per_dim(ok, x), "images must be uint8.*float32"),
     "bits_per_dim empty": (lambda: bits_per_dim(ok, torch.zeros(0, 3, dtype=torch.uint8)), "images must be uint8"),
+    "bits_per_dim list": (lambda: bits_per_dim(ok, [[0, 255]]), "images must be uint8.*list"),
+    "bits_per_dim rows": (lambda: bits_per_dim(ok, torch.zeros(3, dtype=torch.uint8)), r"images must be uint8.*\(3,\)"),
+    "bits_per_dim K 1.5": (lambda: bits_per_dim(ok, torch.zeros(1, 3, dtype=torch.uint8), K=1.5), "K must be"),
     "bits_per_dim K": (lambda: bits_per_dim(ok, torch.zeros(1, 3, dtype=torch.uint8), K=0), "K must be"),
 }
 
