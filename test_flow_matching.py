@@ -1547,6 +1547,14 @@ def test_readme_toy_commands_run(toy_runs):
 
 
 @needs_scipy
+def test_readme_shows_the_tables_that_the_toy_prints(toy_runs):
+    printed = toy_runs["--path ot"][0].splitlines()
+    heads = [line for line in README.splitlines() if re.match(r"gap: |NFE, max: |columns 4 |  +gap |(euler|rk4) +4 |arc length", line)]
+    assert len(heads) >= 10
+    for line in heads:
+        assert line in printed + toy_runs["--figure conditional"][0].splitlines(), line
+
+
 def test_table_1_ablation_has_a_row_per_method(toy_runs, tmp_path):
     import train_toy
 
@@ -1923,8 +1931,10 @@ def test_resumed_equals_uninterrupted_bit_for_bit(cifar, tmp_path):
     assert cifar(flags + "9", out="whole")[0] == 0
     assert cifar(flags + "5", out="parts")[0] == 0
     code, text, _ = cifar("--steps 9", out="parts", new=False)  # the rest of the settings comes from the checkpoint
-    assert code == 0 and "--steps was 5 and is 9" in text
+    assert code == 0 and "--steps was 5 and is 9" in text and text.count("note: ") == 1
+    assert "  batch=8  " in text and "classes=" not in text and "None" not in text
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert not list((tmp_path / "parts").glob("*.unusable"))  # a good checkpoint stays where it is
     lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
     assert {"images", "loss", "loss_by_t", "grad_norm", "lr", "world_size"} <= lines[0].keys()
@@ -1932,10 +1942,12 @@ def test_resumed_equals_uninterrupted_bit_for_bit(cifar, tmp_path):
 
 
 def test_the_average_in_the_checkpoint_follows_the_weights(cifar, tmp_path):
-    assert cifar("--steps 3 --ema 0", out="none")[0] == cifar("--steps 3", out="some")[0] == 0
+    assert cifar("--steps 3 --decay linear --ema 0 --batch 20", out="none")[0] == 0  # all images in every batch
+    assert cifar("--steps 3 --decay linear --batch 20", out="some")[0] == 0
     none, some = read(tmp_path / "none"), read(tmp_path / "some")
     assert_same(none["net"], none["ema"])
     assert_same(none["net"], some["net"])
+    assert some["optimizer"]["param_groups"][0]["lr"] == 1e-8  # that of the last step
     torch.manual_seed(0)
     first = UNet(**some["network"]).state_dict()
     for other in ("net", "first"):
@@ -1945,9 +1957,26 @@ def test_the_average_in_the_checkpoint_follows_the_weights(cifar, tmp_path):
 @pytest.mark.parametrize("trick, code", [("sigterm", 143), ("sigint", 130)])
 def test_signals_save_and_exit_cleanly(cifar, fork, tmp_path, trick, code):
     (got,), text = fork("--steps 7", trick)
-    assert got == code and "Traceback" not in text and "saved at step 5" in text and read(tmp_path / "run")["step"] == 5
+    assert got == code and "Traceback" not in text and "stopped and saved at step 5" in text
+    assert read(tmp_path / "run")["step"] == 5
     assert cifar("--steps 7")[0] == 0 and cifar("--steps 7", out="whole")[0] == 0
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_signal_in_the_last_step_changes_nothing(fork, tmp_path):
+    (code,), text = fork("--steps 5", "sigint")
+    assert code == 0 and "done and saved at step 5" in text and (tmp_path / "run" / "samples" / "step_5.png").exists()
+
+
+def test_three_signals_wait_for_the_step_and_the_fourth_does_not(monkeypatch):
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    caught = train_cifar.catch_signals()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+        handlers[number](number, None)
+    assert caught == [signal.SIGTERM, signal.SIGINT, signal.SIGTERM] and len(handlers) == 2
+    with pytest.raises(KeyboardInterrupt):
+        handlers[signal.SIGTERM](signal.SIGTERM, None)
 
 
 @pytest.mark.parametrize("trick", ["kill_in_write", "kill_in_rename"])
@@ -1958,6 +1987,21 @@ def test_killed_while_saving_resumes_from_the_last_complete_checkpoint(cifar, fo
     assert code == 0 and "from step 3" in text and cifar("--steps 9", out="whole")[0] == 0
     assert_same_run(tmp_path / "whole", tmp_path / "run")
     assert not list((tmp_path / "run").glob("*.part"))
+
+
+def test_a_file_is_on_disk_before_it_takes_the_place_of_the_old_one(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append(os.fstat(fd).st_size) or fsync(fd))
+    monkeypatch.setattr(os, "replace", lambda a, b: done.append(b.name) or replace(a, b))
+    file, old = tmp_path / "file", tmp_path / "old"
+    for text, want in (b"one", [3, "file"]), (b"second", [6, "old", "file"]):
+        with train_cifar.replacing(file, keep=old) as f:
+            f.write(text)
+        assert done == want and file.read_bytes() == text
+        done.clear()
+    with pytest.raises(ZeroDivisionError), train_cifar.replacing(file) as f:
+        f.write(b"third %d" % (1 / 0))
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": b"second", "old": b"one"}
 
 
 def test_full_disk_ends_with_a_message_and_leaves_the_last_checkpoint(cifar, fork, tmp_path):
@@ -1987,6 +2031,32 @@ def test_unusable_checkpoints_are_named_and_the_previous_one_is_used(cifar, tmp_
     assert code == 2 and "not usable" in err and (folder / "checkpoint.pt").read_bytes() == b"x"
 
 
+@pytest.mark.parametrize("state, rank, kept", [(None, 0, b""), (4, 0, b"1\n2\n"), (99, 0, b"1\n2\n3\n"), (4, 1, None)])
+def test_the_log_is_cut_to_what_the_checkpoint_knows_by_one_rank(tmp_path, capsys, state, rank, kept):
+    (tmp_path / "log.jsonl").write_bytes(b"1\n2\n3\n")
+    s = train_cifar.Namespace(**{**train_cifar.MODERN, "batch": 6, "steps": 7}, out=tmp_path, rank=rank, world=2)
+    state = dict(log_bytes=state, config={}) if state else None
+    log = train_cifar.start(s, state, 0, torch.nn.Linear(2, 1), (range(12), None))
+    assert "3 parameters, 12 images, 2 ranks of 3 a step, 3.5 epochs, from step 0" in capsys.readouterr().out
+    assert log is None if rank else (log.tell(), log.close()) == (len(kept), None)
+    assert rank or (tmp_path / "log.jsonl").read_bytes() == kept
+
+
+def test_report_logs_means_since_the_last_line_and_prints_the_pace(monkeypatch, capsys):
+    monkeypatch.setattr(train_cifar.time, "perf_counter", lambda: 110.0)
+    s = train_cifar.Namespace(**{**train_cifar.MODERN, "batch": 8, "steps": 60, "warmup": 10}, every=(2, 3, 9), world=2,
+                              device=torch.device("cpu"))  # fmt: skip
+    sums, log = [1.0, 0.0, *[6.0] * 8, 2.0, 0.0, *[1.0] * 8, 5.0], io.BytesIO()  # losses and counts by t, gradient norm
+    assert train_cifar.report(s, 5, sums, log, (100.0, 0)) == sums
+    assert not log.getvalue() and not capsys.readouterr().out  # nothing is due
+    assert train_cifar.report(s, 6, sums, log, (100.0, 2)) == [0.0] * 21
+    by_t, lr = [0.5, None, *[6.0] * 8], pytest.approx(0.6 * s.lr, rel=1e-3)
+    want = dict(step=6, images=48, loss=4.9, loss_by_t=by_t, grad_norm=4.0, lr=lr, world_size=2)
+    assert json.loads(log.getvalue()) == want and log.getvalue().endswith(b"}\n")
+    assert "step 6/60  loss 4.9000  3 images/s  0:02:15 left  " in capsys.readouterr().out
+    assert train_cifar.report(s, 6, sums, None, (100.0, 2)) == [0.0] * 21  # the other ranks have no log
+
+
 def test_nonfinite_loss_stops_before_the_weights_are_harmed(cifar, tmp_path, monkeypatch):
     assert cifar("--steps 4", out="good")[0] == 0
     loss, calls = train_cifar.cfm_loss, []
@@ -2005,7 +2075,8 @@ def test_nonfinite_loss_stops_before_the_weights_are_harmed(cifar, tmp_path, mon
 # ---- train_cifar.py: one batch, however it is split ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world, flags, objective", [(2, "", ""), (1, " --accumulate 4", " --path vp --objective score"),
+@pytest.mark.parametrize("world, flags, objective", [(2, " --accumulate 2", ""),
+                                                     (1, " --accumulate 4", " --path vp --objective score"),
                                                      pytest.param(2, "", " --coupling ot", marks=needs_scipy)])  # fmt: skip
 def test_ranks_and_pieces_give_the_parameters_of_the_whole_batch(cifar, fork, tmp_path, world, flags, objective):
     assert cifar("--dropout 0 --steps 5" + objective, out="whole")[0] == 0
@@ -2017,10 +2088,31 @@ def test_ranks_and_pieces_give_the_parameters_of_the_whole_batch(cifar, fork, tm
     assert max((a["net"][k] - first[k]).abs().max() for k in first) > 1e-3  # else the next line would say nothing
     for part in ("net", "ema"):
         assert_close(a[part], b[part], rtol=0, atol=1e-5)
-    logs = [json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1]) for name in ("whole", "run")]
+    lines = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "run")]
+    assert len(lines[0]) == len(lines[1]) == 2  # one rank logs
+    logs = [json.loads(last) for _, last in lines]
     assert logs[1].pop("world_size") == world and logs[0].pop("world_size") == 1
     for k in logs[0]:
         assert_close(logs[0][k], logs[1][k], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("objective, accumulate", [("velocity", 1), ("score", 2)])
+def test_gradient_and_bins_are_those_of_the_objectives_loss(objective, accumulate):
+    s, images = twelve(objective=objective, accumulate=accumulate, precision="fp32", batch=12)
+    path, w, batch = VPPath(), torch.nn.Parameter(torch.tensor(0.5)), train_cifar.draw(s, images, VPPath(), 0)
+    v = lambda t, x: w * x * (1 + t[:, None, None, None])
+    losses = fm.cfm_loss(v, path, reduction="none", **fm.OBJECTIVES[objective], **batch)
+    (expected,) = torch.autograd.grad(losses.mean(), w)
+    bins = train_cifar.backward(s, None, v, path, batch)
+    assert_close(w.grad, expected)
+    inside = (10 * batch["t"]).long() == torch.arange(10)[:, None]
+    assert_close(bins, torch.cat([(inside * losses.detach()).sum(1), inside.sum(1)]))
+
+
+def test_batch_splits_evenly_over_ranks_and_pieces():
+    assert train_cifar.settle("--batch 8 --accumulate 2 --out nowhere".split(), 2)[0].batch == 8
+    with pytest.raises(SystemExit):
+        train_cifar.settle("--batch 6 --accumulate 2 --out nowhere".split(), 2)
 
 
 def test_dropout_differs_by_step_and_seed_and_not_by_run(cifar, monkeypatch):
@@ -2059,12 +2151,23 @@ def test_every_image_once_an_epoch_and_fresh_noise_every_step():
         assert sorted((4 * b["t"]).long().tolist()) == [0, 1, 2, 3]
         u = ((b["x1"] + 1) * 128) % 1
         assert u.std() > 0.2
+    assert train_cifar.draw(*twelve(seed=2), OTPath(), 0)["noise"].ne(batches[0]["noise"]).all()  # --seed counts
+    assert not torch.equal(train_cifar.order(1, 0, 12), train_cifar.order(2, 0, 12))
     half = [train_cifar.draw(*twelve(rank=rank, world=2), OTPath(), 3) for rank in (0, 1)]
     for k in batches[3]:
         assert_close(torch.stack([half[0][k], half[1][k]], 1).flatten(0, 1), batches[3][k], rtol=0, atol=0)
     mirrored = train_cifar.draw(s, (torch.tensor([[[0, 255], [0, 255]]] * 12, dtype=torch.uint8)[..., None].expand(12, 2, 2, 3), images[1]),
                                 OTPath(), 0)["x1"]  # fmt: skip
     assert {True, False} == set((mirrored[:, 0, 0, 0] > 0).tolist())
+
+
+def test_a_tenth_of_the_labels_is_hidden_and_the_rest_are_those_of_the_images():
+    s, (pixels, _) = twelve(conditional=True, classes=["a", "b", "c"], flip=False)
+    batches = [train_cifar.draw(s, (pixels, torch.arange(12) % 3), OTPath(), step) for step in range(300)]
+    y, x1 = (torch.cat([b[k] for b in batches]) for k in ("y", "x1"))
+    label, hidden = ((x1[:, 0, 0, 0] + 1) * 128).floor() % 3, y == 3  # the fourth label is none
+    assert 0.07 < hidden.float().mean() < 0.13 and torch.equal(y[~hidden].float(), label[~hidden])
+    assert set(label[hidden].tolist()) == {0, 1, 2}
 
 
 # ---- train_cifar.py: schedule and average ----------------------------------------------------------------------------
@@ -2080,6 +2183,10 @@ def test_rate_is_the_papers_and_never_zero():
     assert train_cifar.rate(s, s.steps - 1) == 1e-8  # ... and back to 1e-8 at the last step
     down = [train_cifar.rate(s, step) for step in (45_000, 145_000, 245_000, 345_000)]
     assert down[0] - down[1] == pytest.approx(down[1] - down[2]) == pytest.approx(down[2] - down[3])
+    assert train_cifar.rate(train_cifar.Namespace(**{**train_cifar.MODERN, "warmup": 0}), 0) == 2e-4
+    short = train_cifar.Namespace(lr=1.0, warmup=0, decay="linear", steps=3)
+    assert [train_cifar.rate(short, step) for step in range(3)] == [1.0, pytest.approx(0.5), 1e-8]
+    assert train_cifar.rate(s, 217_999) == pytest.approx(s.lr / 2, rel=1e-4)  # half way down
     assert train_cifar.rate(train_cifar.Namespace(**train_cifar.MODERN), 399_999) == 2e-4
 
 
@@ -2091,10 +2198,18 @@ def test_recipes_are_table_3_and_torchcfm():
     assert (s.lr, s.channels) == (1e-4, 256)
 
 
+def test_relative_folders_are_found_again_from_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    s, _ = train_cifar.settle("--data a --test b --size 8 --attention 4".split(), 1)
+    assert (s.data, s.test) == (str(tmp_path / "a"), str(tmp_path / "b"))
+    assert train_cifar.settle(["--data", "cifar10"], 1)[0].data == "cifar10"
+
+
 @pytest.mark.parametrize("decay", [0.9999, 0.5, 0.0])
 def test_average_warms_up_as_its_closed_form_says(decay):
     net = torch.nn.Linear(1, 1, bias=False).double()
     ema = train_cifar.averaged(net, decay)
+    assert not ema.module.training  # no dropout in pictures
     w = torch.linspace(1, 3, 30, dtype=torch.float64)
     for x in w:
         net.weight.data.fill_(x)
@@ -2195,13 +2310,16 @@ def test_readme_image_commands_run(photos, tmp_path, monkeypatch, capsys):
 
 
 def test_samples_are_numbered_resumable_and_independent_of_the_batch(cifar, photos, tmp_path):
-    assert cifar("--steps 3 --conditional --every 2,3,3")[0] == 0
+    assert cifar("--steps 3 --conditional --every 2,3,2")[0] == 0
+    assert {p.name for p in (tmp_path / "run" / "samples").iterdir()} == {"step_2.png", "step_3.png"}
     picture = image(tmp_path / "run" / "samples" / "step_3.png")
     assert picture.size[0] >= 64 and picture.size[1] > 64
     code, text, _ = cifar("--sample 5 --solver rk4:8", new=False)
-    assert code == 0 and "NFE 8.0" in text
+    assert code == 0 and "NFE 8.0" in text and "5 of 5\n" in text
+    assert "0 new, NFE 0.0" in cifar("--sample 5 --solver rk4:8", new=False)[1]
     (folder,) = [p for p in (tmp_path / "run" / "samples").iterdir() if p.is_dir()]
     files = sorted(folder.iterdir())
+    assert folder.name == "step3_rk4_8_seed0_guidance1"
     assert [f.name for f in files] == [f"{i:06d}.png" for i in range(5)] and image(files[0]).size == (8, 8)
     before = {f: f.read_bytes() for f in files}
     files[2].unlink()
@@ -2209,9 +2327,31 @@ def test_samples_are_numbered_resumable_and_independent_of_the_batch(cifar, phot
     code, text, _ = cifar("--sample 7 --solver rk4:8 --batch 1", new=False)
     assert code == 0 and "3 new" in text and files[1].stat().st_mtime_ns == stamp and len(list(folder.iterdir())) == 7
     assert files[2].read_bytes() == before[files[2]] and len(set(before.values())) == 5
-    code, text, _ = cifar("--sample 2 --guidance 2 --solver euler:3", new=False)
+    code, text, _ = cifar("--sample 1 --guidance 2 --solver euler:3", new=False)
     assert code == 0 and "NFE 6.0" in text and {f: f.read_bytes() for f in files} == before
-    assert cifar("--sample 2", new=False)[0] == 0  # dopri5
+    code, text, _ = cifar("--sample 2", new=False)
+    assert code == 0 and text.endswith(", dopri5:1e-5\n")  # not the solver of the run's pictures
+
+
+def test_samples_are_functions_of_seed_and_number_with_labels_in_turn():
+    def net(t, x, y=None):
+        seen.append((t.flatten()[0].item(), None if y is None else y.tolist()))
+        return 0 * x
+
+    seen, net.config = [], dict(num_classes=3)
+    s = train_cifar.Namespace(size=4, device=torch.device("cpu"), seed=1, superres=None, conditional=True, guidance=1.0,
+                              objective="velocity", solver="euler:2")  # fmt: skip
+    make = lambda index, path=OTPath(), **changes: train_cifar.generate(
+        train_cifar.Namespace(**{**vars(s), **changes}), net, path, index, None)  # fmt: skip
+    (x,), nfe = make(range(5))
+    assert seen == [(0.0, [0, 1, 2, 0, 1]), (0.5, [0, 1, 2, 0, 1])] and nfe.tolist() == [2] * 5
+    assert torch.equal(make([4, 2])[0][0], x[[4, 2]]) and make(range(5), seed=2)[0][0].ne(x).any((1, 2, 3)).all()
+    assert ((x > 0) & (x < 255)).float().mean() > 0.5 and len({i.sum().item() for i in x}) == 5
+    wide = make(range(5), VEPath())[0][0]  # 10 times the noise
+    assert ((wide > 0) & (wide < 255)).float().mean() < 0.2
+    seen.clear()
+    assert make([4], guidance=2.0)[1].tolist() == [4]
+    assert seen[:2] in ([(0.0, [1]), (0.0, None)], [(0.0, None), (0.0, [1])])
 
 
 def test_pixels_invert_the_training_scale():
@@ -2225,17 +2365,39 @@ def test_bpd_of_the_zero_field_is_the_gaussians(cifar, photos, tmp_path, monkeyp
     assert cifar("--steps 1 --warmup 0 --conditional")[0] == 0
     monkeypatch.setattr(UNet, "forward", lambda self, t, x, y=None, cond=None: 0 * x)
     flags = f"--bpd 6 --test {photos / 'test'} --solver euler:1 "
-    outputs = [cifar(flags + more, new=False)[1] for more in ("", "--batch 6", "--probes 0 --batch 6", "--K 40")]
+    bits, seen = train_cifar.bits_per_dim, []
+    spy = lambda *args, **how: seen.append((how["divergence"], how.get("probes"), args[2])) or bits(*args, **how)
+    monkeypatch.setattr(train_cifar, "bits_per_dim", spy)
+    ways = ("", "--batch 6", "--probes 0 --batch 6", "--K 40", "--batch 4")
+    outputs = [cifar(flags + more, new=False)[1] for more in ways]
     x = torch.cat([torch.frombuffer(bytearray(f.read_bytes()), dtype=torch.uint8) for f in (tmp_path / "run").glob("test-*.u8")])
     x = (x.reshape(6, -1).double() + 0.5) / 128 - 1  # -log2 N(x; 0, 1) + 7, the noise moves it by less than 0.01
     exact = ((x.square() + math.log(2 * math.pi)) / 2).mean(1) / math.log(2) + 7
+    assert list(dict.fromkeys(seen)) == [("hutchinson", 1, 1), ("exact", None, 1), ("hutchinson", 1, 40)]
     for text in outputs:
         mean, _, error, *_ = text.splitlines()[-1].split()
         assert float(mean) == pytest.approx(exact.mean().item(), abs=0.01)
         assert float(error) == pytest.approx((exact.std() / 6**0.5).item(), abs=0.002)
     for words in ("Hutchinson probes: 1", "K = 1", "euler:1", "6 held-out", "uniform dequantisation", "NFE 1.0"):
         assert words in outputs[0]
+    assert " +- nan bits" in cifar(flags.replace("--bpd 6", "--bpd 1"), new=False)[1]  # one image has no spread
     assert "exact trace" in outputs[2] and outputs[1].splitlines()[-1].split()[0] == outputs[2].splitlines()[-1].split()[0]
+
+
+def test_ranks_share_the_samples_and_the_likelihood(cifar, fork, photos, tmp_path):
+    assert cifar("--steps 2")[0] == 0
+    codes, text = fork("--sample 7 --batch 3", world=2)  # no multiple of the ranks
+    assert codes == [0, 0] and "7 new, NFE 2.0" in text, text
+    (folder,) = [p for p in (tmp_path / "run" / "samples").iterdir() if p.is_dir()]
+    split = {f.name: f.read_bytes() for f in folder.iterdir()}
+    for name in split:
+        (folder / name).unlink()
+    assert cifar("--sample 7 --solver euler:2", new=False)[0] == 0
+    assert len(split) == 7 and split == {f.name: f.read_bytes() for f in folder.iterdir()}
+    flags = f"--bpd 6 --batch 2 --test {photos / 'test'}"
+    codes, text = fork(flags, world=2)
+    assert codes == [0, 0], text
+    assert cifar(flags + " --solver euler:2", new=False)[1].splitlines()[-1] in text
 
 
 def test_superres_sees_the_low_resolution_and_saves_pairs(cifar, photos, tmp_path):
@@ -2246,6 +2408,7 @@ def test_superres_sees_the_low_resolution_and_saves_pairs(cifar, photos, tmp_pat
     pixels[1, :4], pixels[1, 4:] = 10, 200
     low = (train_cifar.conditions(s, pixels, None)["cond"] + 1) * 128 - 0.5
     assert low.shape == (2, 3, 8, 8) and (low[0] - 77).abs().max() < 1e-3 and low[1, :, 0].mean() < 30 < 180 < low[1, :, -1].mean()
+    assert "low, model, truth (training): PSNR" in cifar("--superres 4 --steps 1", out="alone")[1]
     code, text, _ = cifar("--sample 6 --solver euler:2", new=False)
     assert code == 0
     (folder,) = [p for p in (tmp_path / "run" / "samples").iterdir() if p.is_dir()]
@@ -2253,6 +2416,8 @@ def test_superres_sees_the_low_resolution_and_saves_pairs(cifar, photos, tmp_pat
     assert names[0] == names[1] == names[2] == [f"{i:06d}.png" for i in range(6)]
     load = lambda kind, i: torch.frombuffer(bytearray(image(folder / kind / f"{i:06d}.png").tobytes()), dtype=torch.uint8).double()
     mse = [(load("model", i) - load("truth", i)).square().mean().item() for i in range(6)]
+    code, other, _ = cifar(f"--sample 6 --solver euler:2 --test {photos / 'train'}", new=False)
+    assert code == 0 and "6 new" in other  # not beside another truth
     assert f"PSNR {sum(10 * math.log10(255**2 / m) for m in mse) / 6:.2f} dB" in text
     assert f"{10 * math.log10(255**2 / mse[0]):.3f}" == f"{train_cifar.psnr(load('model', 0)[None], load('truth', 0)[None]).item():.3f}"
 
@@ -2269,6 +2434,8 @@ def test_init_takes_weights_of_torchcfm_and_of_other_runs(cifar, tmp_path):
     code, text, _ = cifar(f"--init adm:{tmp_path}/theirs.pt --sample 2", out="four")
     assert code == 0 and len(list((tmp_path / "four" / "samples").glob("*/*.png"))) == 2
     assert not (tmp_path / "four" / "checkpoint.pt").exists()
+    code, text, _ = cifar(f"--init {tmp_path}/two/checkpoint.pt --sample 2", out="four")  # other weights, another folder
+    assert code == 0 and "2 new" in text and len(list((tmp_path / "four" / "samples").glob("*/*.png"))) == 4
 
 
 # ---- train_cifar.py: refusals ----------------------------------------------------------------------------------------
@@ -2295,6 +2462,7 @@ REFUSED = [  # command line, words of the one line it gets; "@" is a finished ru
     ("--out @ --sample 3 --objective noise", "--objective noise is not what the run"),
     ("--precision fp8", "--precision"),
     ("--every 1,2", "--every must be three"),
+    ("--every 1,0,2", "--every must be three"),
     ("--solver heun:3", "--solver: must be dopri5:TOLERANCE"),
     ("--solver midpoint:3", "midpoint:NFE (by 2)"),
     ("--solver dopri5:0", "--solver: must be dopri5:TOLERANCE"),
@@ -2312,6 +2480,7 @@ REFUSED = [  # command line, words of the one line it gets; "@" is a finished ru
     ("--guidance 2", "--guidance needs labels: train with --conditional"),
     ("--sample 3 --bpd 3", "--sample and --bpd are two commands"),
     ("--sample 3", "holds no checkpoint.pt: train first"),
+    ("--sample 3 --superres 4 --init @/checkpoint.pt --data TEST", "--test FOLDER must give the held-out images"),
     ("--K 5", "--K and --probes go with --bpd N"),
     ("--init nowhere.pt", "--init nowhere.pt does not exist"),
     ("--init adm:nowhere.pt", "--init adm:nowhere.pt"),
@@ -2324,11 +2493,13 @@ REFUSED = [  # command line, words of the one line it gets; "@" is a finished ru
     ("--out @ --steps 9 --seed 1", "--seed 1 is not what the run"),
     ("--out @ --steps 9 --recipe paper", "--recipe paper is not what the run"),
     ("--out @ --sample 3 --path vp", "--path vp is not what the run"),
+    ("--out @ --sample 3 --steps 9", "--steps 9 is not what the run"),
     ("--out @ --bpd 3", "--test FOLDER must give the held-out images"),
     ("--out @ --bpd 3 --guidance 2", "leave it out of --bpd"),
     ("--out @ --bpd 99 --test TEST", "--bpd 99 is more than the 6 held-out images"),
     ("--out % --steps 9", "--steps 9 is not what the run"),
     *([("--device cuda", "--device cuda: torch finds none")] if not torch.cuda.is_available() else []),
+    *([("--device mps", "--device mps: torch finds none")] if not torch.backends.mps.is_available() else []),
 ]
 
 

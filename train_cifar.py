@@ -456,6 +456,7 @@ def train(s, state):
             optimizer.step()
             ema.update_parameters(net)
             step, sums = step + 1, [a + b for a, b in zip(sums, [*bins, norm])]
+            stop = stop and step < s.steps  # at the last step it is done all the same
             sums = report(s, step, sums, log, began)
             if step % s.every[1] == 0 or step == s.steps or stop:
                 save(s, step, net, ema, optimizer, sums, log)
@@ -564,7 +565,11 @@ def picture(s, net, path, images, step):
 
 def write_samples(s, net, path, images, step):
     """PNG files of samples 0 to N - 1 in a folder named after what made them; those that are there already are kept."""
-    top = Path(s.out, "samples", f"step{step}_{s.solver.replace(':', '_')}_seed{s.seed}_guidance{s.guidance:g}")
+    inputs = [] if step else [(s.init, os.stat(s.init.removeprefix("adm:")).st_mtime_ns)]
+    inputs += [s.test] if s.superres else []
+    tag = "_" + hashlib.sha256(repr(inputs).encode()).hexdigest()[:8] if inputs else ""
+    name = f"step{step}_{s.solver.replace(':', '_')}_seed{s.seed}_guidance{s.guidance:g}{tag}"
+    top = Path(s.out, "samples", name)
     folders = [top / name for name in (("low", "model", "truth") if s.superres else ("",))]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
@@ -603,7 +608,8 @@ def print_bpd(s, net, path, images, step):
     if s.world > 1:
         dist.all_reduce(bpd)
         dist.all_reduce(nfe)
-    print(f"{bpd.mean():.4f} +- {bpd.std() / s.bpd**0.5:.4f} bits per dimension: mean, standard error of {s.bpd} "
+    error = bpd.std() / s.bpd**0.5 if s.bpd > 1 else math.nan
+    print(f"{bpd.mean():.4f} +- {error:.4f} bits per dimension: mean, standard error of {s.bpd} "
           f"held-out images, step {step}, uniform dequantisation, K = {s.K}, {s.solver}, NFE {nfe.mean():.1f}, "
           + (f"Hutchinson probes: {s.probes}" if s.probes else "exact trace"))  # fmt: skip
 
