@@ -82,7 +82,7 @@ def _check_times(t, x, t_span):
     t = torch.as_tensor(t, dtype=_wide(x.dtype), device=x.device)
     if t.shape not in ((), (len(x),)):
         raise ValueError(f"t must have shape () or ({len(x)},), one time for each row of x; got {tuple(t.shape)}")
-    low, high = t.new_tensor(t_span)
+    low, high = torch.tensor(t_span, dtype=t.dtype, device=t.device)
     if not ((t >= low) & (t <= high)).all():
         raise ValueError(f"t must lie in the path's t_span {tuple(t_span)}; got {t.min().item()} to {t.max().item()}")
     return t.expand(len(x))

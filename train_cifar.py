@@ -638,7 +638,10 @@ def main(argv=None):
             dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
         Path(s.out).mkdir(parents=True, exist_ok=True)
         with contextlib.redirect_stdout(open(os.devnull, "w") if rank else sys.stdout):
-            return evaluate(s, state) if s.sample or s.bpd else train(s, state)
+            code = evaluate(s, state) if s.sample or s.bpd else train(s, state)
+        if world > 1:
+            dist.barrier()  # gloo of torch 2.4 can hang where one rank leaves long before another
+        return code
     except KeyboardInterrupt:
         print("train_cifar.py: interrupted", file=sys.stderr)
         return 130
