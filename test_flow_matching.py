@@ -1625,13 +1625,16 @@ def test_toy_numbers_of_an_exact_field():
 
     net = Exact()
     net.path = path
-    r = train_toy.measure(train_toy.Flow(net, data.shift, data.scale), data, args)
+    flow = train_toy.Flow(net, data.shift, data.scale)
+    x = flow.sample(4000, method="rk4", steps=20)
+    assert_close((x.mean(0), x.std(0)), (torch.tensor([3.0, -1.0]), torch.full((2,), 2.0)), atol=0.15, rtol=0)
+    r = train_toy.measure(flow, data, args)
     assert_close(r["entropy"], 1 + math.log(2 * math.pi * 4), atol=0.02, rtol=0)
     assert_close((r["gap"], r["nll_se"]), (0.0, 1 / math.sqrt(4000)), atol=0.05, rtol=0)
     assert_close((r["floor"], r["loss"], r["excess"]), (math.pi / 2, math.pi / 2, 0.0), atol=0.03, rtol=0)
     assert 14 < r["nfe_mean"] < 60 and r["nfe_max"] >= r["nfe_mean"] and abs(r["energy"]["dopri5"]) < 0.02
     assert r["nll_se"] < 0.02 and r["straightness"] > 100  # in to 0.7 and out again, to where they came from
-    r |= {"seconds": 12.5, "straightness": 1.23}
+    r |= {"seconds": 12.5, "straightness": 1.23, "loss": 1.75, "floor": 1.5, "excess": 0.25}
     lines = train_toy.table({"row": r}).splitlines()
     at = next(i for i, line in enumerate(lines) if "floor " in line and "excess " in line and "seconds" in line)
     shown = dict(zip(lines[at].replace("gap", "gap se").split(), lines[at + 1].replace("±", "").split()[1:]))
@@ -1639,6 +1642,18 @@ def test_toy_numbers_of_an_exact_field():
                       "arc": "straightness"}.items():  # fmt: skip
         assert_close(float(shown[name]), float(r[key]), atol=0.051, rtol=0)
     assert shown["seconds"] == "12.5" and float(shown["8"]) == round(r["energy"]["midpoint 8"], 4)
+
+
+@pytest.mark.parametrize("path", [OTPath(), VPPath(), VEPath()], ids=lambda path: type(path).__name__)
+def test_toy_network_begins_with_the_exact_answer_to_gaussian_data(path):
+    import train_toy
+
+    t, _, x = batch(6, 2, torch.float32)
+    u = train_toy.Mixture(torch.zeros(1, 2), 1.0).field(path)(t, x)  # of N(0, I)
+    for predict in ("velocity", "noise", "score"):
+        net = train_toy.Net(path, predict)
+        torch.nn.init.zeros_(net.layers[-1].weight), torch.nn.init.zeros_(net.layers[-1].bias)
+        assert_close(net(t, x), path.convert(t, x, u, "velocity", predict), atol=1e-4, rtol=1e-4)
 
 
 def test_toy_pictures_are_the_right_way_up(tmp_path):
@@ -2128,6 +2143,13 @@ def twelve(**changes):
                     superres=None, classes=None, coupling="independent")  # fmt: skip
     images = torch.arange(12, dtype=torch.uint8).reshape(12, 1, 1, 1).expand(12, 2, 2, 3).contiguous()
     return train_cifar.Namespace(**{**settings, **changes}), (images, torch.zeros(12).long())
+
+
+@needs_scipy
+def test_a_coupled_run_is_sampled_without_scipy(cifar, monkeypatch):
+    assert cifar("--coupling ot --steps 1")[0] == 0
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    assert cifar("--sample 2", new=False)[0] == 0 and cifar("--coupling ot --steps 1", out="other")[0] == 2
 
 
 @needs_scipy
