@@ -552,7 +552,7 @@ def sample(v, path, shape, device=None, dtype=None, generator=None, **solver):
 def sample_sde(v, path, shape, steps, g=1.0, device=None, dtype=None, generator=None, **cond):
     """Samples, (B, *dims), of dx = (v + g^2 / 2 score) dt + g dw by Euler-Maruyama, the last step without noise.
 
-    Any g, a number or a function of t (a float) to a number, has the marginals of the ODE, its case g = 0; v must be the
+    Any g, a number or a function of t (a float) to one, has the marginals of the ODE, its case g = 0; v must be the
     velocity of an affine path, learned with x0 independent of x1. Where path.noising is finite, its g makes this the
     reverse SDE of Song et al. (2021). Raises ValueError for bad arguments, SolverError when a step is not finite.
     """

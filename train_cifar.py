@@ -158,7 +158,7 @@ def check(s, given, state, evaluating, world):
         (s.data == "cifar10" and s.size != 32, f"--size {s.size} is not CIFAR-10's 32: give --data FOLDER"),
         (s.superres and s.size % s.superres, f"--superres {s.superres} must divide --size {s.size}"),
         (s.coupling == "ot" and (s.conditional or s.superres),
-         "--coupling ot pairs across labels, so that noise is not N(0, I) given one: leave out --conditional, --superres"),
+         "--coupling ot pairs across labels, given which noise is not N(0, I): leave out --conditional, --superres"),
         (s.decay == "linear" and s.warmup >= s.steps, f"--warmup {s.warmup} must be below --steps {s.steps} to decay"),
         (not evaluating and s.batch % (world * s.accumulate),
          f"--batch {s.batch} must be a multiple of {world} ranks x --accumulate {s.accumulate}"),
@@ -451,7 +451,7 @@ def train(s, state):
             if not math.isfinite(sum(bins) + norm):
                 save(s, step, net, ema, optimizer, sums, log)
                 refuse(f"step {step}: loss {sum(bins[:10]) / s.batch}, gradient norm {norm}: not taken, weights as "
-                       f"before. --lr {s.lr} may be too high: lower it with --init {s.out}/checkpoint.pt, another --out",
+                       f"before. --lr {s.lr} may be too high: lower it, --init {s.out}/checkpoint.pt and another --out",
                        1)  # fmt: skip
             optimizer.step()
             ema.update_parameters(net)

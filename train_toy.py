@@ -331,7 +331,7 @@ def measure(flow, data, args):
         calls = solution.nfe.cpu().double()
         out |= {"nfe_mean": calls.mean().item(), "nfe_max": int(calls.max())}
         xs = odeint(flow.v, noise, torch.linspace(*path.t_span, 101).tolist(), "rk4", steps=100).xs
-        out["straightness"] = straightness(xs).median().item()  # the mean of 1 / chord has no variance
+        out["straightness"] = straightness(xs).median().item()  # 1 / chord has no variance
         out["energy"] = {"dopri5": distance(solution.x)}
         for method in ("midpoint", "euler", "rk4"):
             stages = len(METHODS[method].C)
@@ -352,7 +352,8 @@ def table(results):
     names = "".join(f"{name:>8s}" for name in ("loss", "floor", "excess", "NFE", "max", "arc"))
     nfes = "".join(f"{n:8d}" for n in NFES)
     entropy = next(iter(results.values()))["entropy"]
-    lines = [f"gap: NLL - entropy {entropy:.4f} nats. floor: loss of the exact u, excess: E|v - u|^2 / 2.",
+    gap = f"gap: NLL - entropy {entropy:.4f} nats."
+    lines = [f"{gap} floor: loss of the exact u, excess: E|v - u|^2 / 2.",
              "NFE, max: of dopri5 at 1e-5. arc: median of arc length / chord of its paths.",
              "columns 4 to 100: energy distance to the data of samples by midpoint at that NFE",
              f"{'':16s}     gap        {names}{nfes} seconds"]  # fmt: skip
@@ -535,9 +536,10 @@ def parse_args(argv=None):
         value = getattr(args, name)
         if value is not None and not low <= value < math.inf:
             p.error(f"--{name} must be at least {low} and finite; got {value}")
-    given = [f for f in ("path", "objective", "coupling", "reflow") if getattr(args, f) != p.get_default(f)]
-    if args.ablation and (given or args.figure):
-        p.error(f"--ablation sets path, objective, coupling, reflow itself: leave out --{(given + ['figure'])[0]}")
+    rivals = ("path", "objective", "coupling", "reflow", "figure")
+    given = [name for name in rivals if getattr(args, name) != p.get_default(name)]
+    if args.ablation and given:
+        p.error(f"--ablation sets {', '.join(rivals[:4])} itself: leave out --{given[0]}")
     if args.sigma_min != p.get_default("sigma_min") and "ot" not in args.path:
         p.error("--sigma-min is of the OT path: add --path ot")
     rows = ABLATION if args.ablation else {name: {"path": name} for name in args.path}
