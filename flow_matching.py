@@ -730,6 +730,14 @@ def _why_stuck(ok, error, step, t_new, grid):
     return i, f"the step is below the resolution of t; {why} {step.dtype}, or v is singular here"
 
 
+def _fail(what, i, calls, row, t, x, h, t_last, xs):
+    """Raises SolverError for row i, with the state that every sample has reached: its last if it was done."""
+    t_reached, x_reached = t_last.repeat(xs.shape[1]), xs[-1].detach().clone()
+    t_reached[row], x_reached[row] = t, x.detach()
+    where = f"step {h[i]:.1e} at t = {t[i]:.6g} in sample {row[i]}, NFE {calls}"
+    raise SolverError(f"dopri5: {where}: {what}", t_reached, x_reached)
+
+
 def _dopri5(f, x, t, rtol, atol, max_nfe, split, cond):
     """Adaptive steps: sample i of x (B, *dims) has a time, step and error of its own and leaves when it is done."""
     C, A, E = _tensors(DOPRI5, x)
@@ -738,13 +746,7 @@ def _dopri5(f, x, t, rtol, atol, max_nfe, split, cond):
     leg = torch.ones_like(row)  # and which of the times it heads for
     xs, nfe, rejected = x.new_zeros(len(t), *x.shape), torch.zeros_like(row), torch.zeros_like(row)
     xs[0], t, t_end, calls = x, grid[:1].repeat(len(x)), grid[1:2].repeat(len(x)), 1
-
-    def fail(i, what):
-        t_reached, x_reached = grid[-1:].repeat(len(nfe)), xs[-1].detach().clone()
-        t_reached[row], x_reached[row] = t, x.detach()
-        raise SolverError(f"dopri5: step {h[i]:.1e} at t = {t[i]:.6g} in sample {row[i]}, NFE {calls}: {what}",
-                          t_reached, x_reached)
-
+    fail = lambda i, what: _fail(what, i, calls, row, t, x, h, grid[-1:], xs)
     k, h = f(t, x, **cond), torch.zeros_like(t)
     if not k.isfinite().all():
         fail(_first(~k.isfinite()), "v is not finite at the start; look at its weights and at x")
