@@ -1,5 +1,5 @@
-# SPDX-License-Identifier: MIT
-"""Flow Matching for Generative Modeling (Lipman et al., ICLR 2023) in one file: copy it, it needs torch >= 2.4 only.
+# SPDX-License-Identifier: MIT (keep the text of LICENSE with copies of this file)
+"""Flow Matching for Generative Modeling (Lipman et al., ICLR 2023) in one file: copy it, it needs torch >= 2.4.
 
 Equation numbers are those of arXiv:2210.02747v2. Time runs from noise, t = 0, to data, t = 1. x, x0 (noise) and
 x1 (data) are (B, *dims). A vector field is any callable v(t, x, **cond) -> (B, *dims) with t of shape (B,); keyword
@@ -124,7 +124,8 @@ class ConditionalFlow:
 class GaussianPath(ConditionalFlow):
     """p_t(x | x1) = N(x | mu_t(x1), sigma_t(x1)^2 I), Eq. (10); sigma_t may also be elementwise.
 
-    moments(t, x1) -> mu_t, sigma_t, d/dt mu_t, d/dt sigma_t, each to broadcast against x1 (use expand(t, x1)).
+    moments(t, x1) -> mu_t, sigma_t, d/dt mu_t, d/dt sigma_t, each to broadcast against x1 (use expand(t, x1)), with
+    mu_0 = 0 and sigma_0 = source_std, unchecked: a solve starts from N(0, source_std^2 I).
     """
 
     def __init__(self, moments=None, t_span=(0.0, 1.0), source_std=1.0):
@@ -227,7 +228,10 @@ class AffinePath(GaussianPath):
     @functools.cached_property
     def source_std(self):
         """sigma_0, the std of the source p_0."""
-        return self.coefficients(torch.zeros(1))[1].item()
+        std = self.coefficients(torch.zeros(1))[1].item()
+        if not std > 0:
+            raise ValueError(f"sigma(0) must be > 0, since t = 0 is noise and t = 1 is data; got {std} for {self!r}")
+        return std
 
     @functools.cached_property
     def psi0_is_identity(self):
@@ -279,7 +283,10 @@ class VPPath(AffinePath):
 
 @dataclass(frozen=True)
 class VEPath(AffinePath):
-    """Variance exploding diffusion path, Eq. (16), with the geometric schedule; p_0 = N(0, sigma_max^2 I)."""
+    """Variance exploding diffusion path, Eq. (16), with the geometric schedule of Song et al. (2021).
+
+    Departure: sigma_min > 0 at the data, not 0, and p_0 = N(0, sigma_max^2 I), for the x1 of Eq. (16) is not known.
+    """
 
     sigma_min: float = 0.01
     sigma_max: float = 10.0
@@ -740,6 +747,7 @@ def _fail(what, i, calls, row, t, x, h, t_last, xs):
 
 def _dopri5(f, x, t, rtol, atol, max_nfe, split, cond):
     """Adaptive steps: sample i of x (B, *dims) has a time, step and error of its own and leaves when it is done."""
+    # Departure: torchdiffeq, the paper's solver, has one step size for the whole batch.
     C, A, E = _tensors(DOPRI5, x)
     grid = x.new_tensor(t)
     row = torch.arange(len(x), device=x.device)  # which sample a row is

@@ -1402,6 +1402,7 @@ BAD_CALLS = {
     "cfm_loss weight name": (lambda: cfm_loss(ok, VPPath(), x, weight="sigma"), "weight must be"),
     "convert source": (lambda: OTPath().convert(0.5, x, x, "eps", "data"), "source must be"),
     "ot_coupling shapes": (lambda: fm.ot_coupling(x, x[:2]), "x0 and x1 must"),
+    "AffinePath backwards": (lambda: sample(ok, AffinePath(lambda t: 1 - t, lambda t: t), (2, 2)), r"sigma\(0\) must be > 0"),
     "OTPath sigma_min < 0": (lambda: OTPath(-0.1), "sigma_min must lie in"),
     "OTPath sigma_min 1": (lambda: OTPath(1.0), "sigma_min must lie in"),
     "VPPath betas": (lambda: VPPath(5.0, 1.0), "0 <= beta_min <= beta_max > 0"),

@@ -2,13 +2,15 @@
 """Train, resume, sample and evaluate image models, Section 6 of Lipman et al., arXiv:2210.02747v2.
 
     python train_cifar.py                                   CIFAR-10, modern recipe; the same line again resumes
-    torchrun --nproc_per_node=8 train_cifar.py              the same run on 8 GPUs: --batch is the global batch
+    torchrun --nproc_per_node=8 train_cifar.py              the same on 8 GPUs, but for dropout: --batch is global
     python train_cifar.py --sample 50000                    numbered PNG files from the averaged weights
     python train_cifar.py --bpd 1000                        bits per dimension of held-out images, Appendix C
 
 Without a GPU shrink network, images and run: --data FOLDER --size 16 --channels 48 --attention 8 --batch 32
---warmup 100 --steps 3000 --every 50,500,500 --solver euler:20. The other columns of Table 3 are --recipe paper and,
-for ImageNet-32, --blocks 3 --attention 16,8 --batch 1024 --lr 1e-4 --warmup 20000 --steps 250000.
+--warmup 100 --steps 3000 --every 50,500,500 --solver euler:20. Table 3: --recipe paper is CIFAR-10; ImageNet-32 is
+--recipe paper --data FOLDER --blocks 3 --attention 16,8 --batch 1024 --lr 1e-4 --warmup 20000 --steps 250000;
+ImageNet-64 is --recipe paper --data FOLDER --size 64 --channels 192 --channel-mult 1,2,3,4 --blocks 3
+--attention 32,16,8 --batch 2048 --lr 1e-4 --warmup 0 --decay none --steps 157000 --precision bf16.
 """
 import contextlib, datetime, errno, functools, hashlib, json, math, os, signal, sys, time  # noqa: E401
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, BooleanOptionalAction
@@ -107,7 +109,7 @@ def parser():
     flag("clip", MODERN["clip"], "largest norm of the gradient; 0: any", type=least(0, kind=float))
     flag("ema", MODERN["ema"], "decay of the averaged weights; 0: no average", type=least(0, 1, float))
     flag("flip", MODERN["flip"], "mirror half of the images", action=BooleanOptionalAction)
-    flag("precision", "fp32", "of training; samples and likelihood are fp32", choices=("fp32", "bf16"))
+    flag("precision", "fp32", "of training; the rest is fp32, in convolutions of newer GPUs TF32", choices=("fp32", "bf16"))
     flag("compile", False, "use torch.compile", action="store_true")
     flag("seed", 0, "of weights, data order, noise and samples", type=least(0))
     flag("device", None, "the first that is there", choices=("cuda", "mps", "cpu"))
@@ -167,7 +169,7 @@ def check(s, given, state, evaluating, world):
         (s.device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds none; leave it out"),
         (s.device == "mps" and not torch.backends.mps.is_available(), "--device mps: torch finds none; leave it out"),
         (state and not evaluating and state["step"] >= s.steps,
-         f"--steps {s.steps} are done in {s.out}: raise them, take --sample N or --bpd N, or name another --out"),
+         f"--steps {s.steps} are done in {s.out}: name another --out, take --sample N or --bpd N, or raise them"),
     ):  # fmt: skip
         if wrong:
             refuse(message)

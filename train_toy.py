@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Flow matching in two dimensions: trains on a toy density, draws Figure 4, prints true numbers.
 
     python train_toy.py --path ot              a minute on two CPU cores; all goes to runs/toy
