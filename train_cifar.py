@@ -109,7 +109,7 @@ def parser():
     flag("clip", MODERN["clip"], "largest norm of the gradient; 0: any", type=least(0, kind=float))
     flag("ema", MODERN["ema"], "decay of the averaged weights; 0: no average", type=least(0, 1, float))
     flag("flip", MODERN["flip"], "mirror half of the images", action=BooleanOptionalAction)
-    flag("precision", "fp32", "of training; the rest is fp32, convolutions of newer GPUs TF32", choices=("fp32", "bf16"))
+    flag("precision", "fp32", "of training; the rest is fp32 (new GPUs convolve in TF32)", choices=("fp32", "bf16"))
     flag("compile", False, "use torch.compile", action="store_true")
     flag("seed", 0, "of weights, data order, noise and samples", type=least(0))
     flag("device", None, "the first that is there", choices=("cuda", "mps", "cpu"))
