@@ -9,7 +9,7 @@ differ from the paper and say why. psi takes standard normal x0; a solve starts 
     1 Paths           ConditionalFlow, GaussianPath, AffinePath, OTPath, VPPath, VEPath, CosinePath    Eqs. (10)-(22)
     2 Loss            cfm_loss, as_velocity, ot_coupling, OBJECTIVES                             Eqs. (14), (43)-(46)
     3 Exact marginal  Marginal: p_t and u_t of a finite data set                                         Eqs. (6), (8)
-    4 Solvers         odeint, sample, sample_sde, guided                                                       Eq. (1)
+    4 Solvers         odeint, sample, sample_sde, classifier_free_guidance                                                       Eq. (1)
     5 Likelihood      log_prob, bits_per_dim                                                     Eqs. (27)-(37), (47)
     6 UNet            UNet, the network of the paper's image experiments                              App. E, Table 3
 """
@@ -95,12 +95,12 @@ class ConditionalFlow:
     """x_t = psi_t(x0 | x1), any map that is differentiable in t, Gaussian or not: all that CFM needs.
 
     psi(t, x0, x1) -> (B, *dims) gets t as (B,); give it here or define it in a subclass. t_span is where it is
-    defined. Set psi0_is_identity = False if psi_0(x0) is not x0: such a flow takes no x0 of the user's.
+    defined. Set allows_pairs = False if psi_0(x0) is not x0: such a flow takes no x0 of the user's.
     """
 
     t_span = (0.0, 1.0)
     source_std = 1.0
-    psi0_is_identity = True
+    allows_pairs = True
 
     def __init__(self, psi=None, t_span=(0.0, 1.0)):
         if psi is not None:
@@ -115,6 +115,13 @@ class ConditionalFlow:
     def dpsi(self, t, x0, x1):
         """d/dt psi_t(x0), (B, *dims): the velocity u_t(psi_t(x0) | x1) of Eq. (13)."""
         return self.psi_dpsi(t, x0, x1)[1]
+
+    def sample_t(self, n, device=None, dtype=None, generator=None):
+        """Times (n,) in t_span, each uniform, stratified: one in every n-th part of it, in order but for a turn."""
+        dtype = _wide(dtype or torch.get_default_dtype())
+        u = torch.rand((), device=device, dtype=dtype, generator=generator)
+        u = (u + torch.arange(n, device=device, dtype=dtype) / n) % 1
+        return self.t_span[0] + (self.t_span[1] - self.t_span[0]) * u
 
     def sample_source(self, shape, device=None, dtype=None, generator=None):
         """Draws from p_0 = N(0, source_std^2 I), of the given shape."""
@@ -131,7 +138,7 @@ class GaussianPath(ConditionalFlow):
     def __init__(self, moments=None, t_span=(0.0, 1.0), source_std=1.0):
         if moments is not None:
             self.moments = moments
-        self.t_span, self.source_std, self.psi0_is_identity = t_span, source_std, source_std == 1  # if mu_0 = 0
+        self.t_span, self.source_std, self.allows_pairs = t_span, source_std, source_std == 1  # if mu_0 = 0
 
     def psi_dpsi(self, t, x0, x1):
         """psi_t(x0), Eq. (11), and d/dt psi_t(x0), Eq. (14): no division by sigma_t, so exact up to t = 1."""
@@ -212,8 +219,8 @@ class AffinePath(GaussianPath):
             return dsigma_t * x0 + dalpha_t * x1
         return {"noise": x0, "data": x1}[target] if target != "score" else -x0 / divisor(sigma_t)
 
-    def noising(self, t, x):
-        """Drift f (B, *dims) and diffusion g (B, 1, ...) of the noising SDE dx = f ds + g dw, Eq. (38), s = 1 - t.
+    def forward_sde(self, t, x):
+        """Drift f (B, *dims) and diffusion g (B, 1, ...) of the forward_sde SDE dx = f ds + g dw, Eq. (38), s = 1 - t.
 
         By Eq. (40) the velocity is -(f - g^2 / 2 score). Both are infinite where alpha_t = 0.
         """
@@ -234,7 +241,7 @@ class AffinePath(GaussianPath):
         return std
 
     @functools.cached_property
-    def psi0_is_identity(self):
+    def allows_pairs(self):
         """Whether psi_0(x0) = x0, so that pairs (x0, x1) of the user's make sense."""
         alpha_0, sigma_0, _, _ = self.coefficients(torch.zeros(1))
         return abs(alpha_0.item()) < 1e-6 and abs(sigma_0.item() - 1) < 1e-6
@@ -327,7 +334,7 @@ OBJECTIVES = {"velocity": {}, "noise": {"predict": "noise"}, "score": {"predict"
               "scoreflow": {"predict": "score", "weight": "beta"}}
 
 
-def cfm_loss(v, path, x1, x0=None, t=None, reduction="mean", predict="velocity", weight=None, noise=None, **cond):
+def cfm_loss(v, path, x1, *, x0=None, t=None, reduction="mean", predict="velocity", weight=None, noise=None, **cond):
     """One-batch estimate of L_CFM, Eq. (14) (Eq. (23) for OTPath): a scalar, or (B,) with reduction="none".
 
     x1: (B, *dims) data. x0: (B, *dims), given for pair conditioning z = (x0, x1), else it is noise, your own draw from
@@ -355,7 +362,7 @@ def cfm_loss(v, path, x1, x0=None, t=None, reduction="mean", predict="velocity",
         t = path.t_span[0] + (path.t_span[1] - path.t_span[0]) * (u % 1).to(_wide(x1.dtype))
     else:
         t = _check_times(t, x1, path.t_span)
-    if x0 is not None and (noise is not None or not path.psi0_is_identity):
+    if x0 is not None and (noise is not None or not path.allows_pairs):
         if noise is not None:
             raise ValueError("x0, your pairs, and noise, a draw independent of x1, exclude each other; leave one out")
         raise ValueError(f"x0 cannot be paired on {path!r}: psi_0(x0) is not x0 there; use OTPath or CosinePath")
@@ -560,7 +567,7 @@ def sample_sde(v, path, shape, steps, g=1.0, device=None, dtype=None, generator=
     """Samples, (B, *dims), of dx = (v + g^2 / 2 score) dt + g dw by Euler-Maruyama, the last step without noise.
 
     Any g, a number or a function of t (a float) to one, has the marginals of the ODE, its case g = 0; v must be the
-    velocity of an affine path, learned with x0 independent of x1. Where path.noising is finite, its g makes this the
+    velocity of an affine path, learned with x0 independent of x1. Where path.forward_sde is finite, its g makes this the
     reverse SDE of Song et al. (2021). Raises ValueError for bad arguments, SolverError when a step is not finite.
     """
     _check_affine(path)
@@ -584,7 +591,7 @@ def sample_sde(v, path, shape, steps, g=1.0, device=None, dtype=None, generator=
     return x
 
 
-def guided(v, scale, drop=("y",)):
+def classifier_free_guidance(v, scale, drop=("y",)):
     """The field v(without drop) + scale (v(with it) - v(without it)): scale 1 is no guidance, more strengthens it.
 
     drop names the conditioning to leave out; v must take the call without it. Every call costs two of v.
@@ -825,7 +832,7 @@ class LogProb(NamedTuple):
     nfe: Tensor
 
 
-def log_prob(v, x1, path=None, divergence="exact", probes=1, differentiable=False, method="dopri5",
+def log_prob(v, x1, path, divergence="exact", probes=1, differentiable=False, method="dopri5",
              steps=None, rtol=None, atol=None, max_nfe=None, **cond):  # fmt: skip
     """log p_1(x1) in nats, (B,), by the reverse ODE of Eqs. (31)-(33), as a LogProb record.
 
@@ -912,7 +919,7 @@ class BitsPerDim(NamedTuple):
     nfe: Tensor
 
 
-def bits_per_dim(v, images, K=1, path=None, divergence="hutchinson", **options):
+def bits_per_dim(v, images, path, K=1, divergence="hutchinson", **options):
     """Bits per dimension of uint8 images (B, *dims), (B,), under uniform dequantisation, as a BitsPerDim record.
 
     Eq. (47) with K draws of the noise and the constant of Eq. (37): v works on y = (x + u) / 128 - 1 in [-1, 1).
@@ -1009,26 +1016,26 @@ class Stage(nn.Sequential):
 class UNet(nn.Module):
     """v_t(x) for images: net(t, x, y=None, cond=None), t a scalar or (B,), x (B, C, H, W).
 
-    attention lists the image sizes, in pixels, that have it; the middle always does. num_classes
+    attention_resolutions lists the image sizes, in pixels, that have it; the middle always does. num_classes
     admits labels y (B,), where num_classes itself means no label, as does y=None. cond_channels
     admits an image cond (B, C', H, W) beside x. UNet(**net.config) builds the network again.
     Levels of 32 channels and less have one channel a group, whose norm takes time and label away again: use 48 or more.
     """
 
     def __init__(self, image_size=32, in_channels=3, out_channels=3, channels=128,
-                 channel_mult=(1, 2, 2, 2), blocks=2, attention=(16,), head_channels=64,
+                 channel_mult=(1, 2, 2, 2), num_res_blocks=2, attention_resolutions=(16,), head_channels=64,
                  dropout=0.1, num_classes=None, time_scale=1000.0, cond_channels=0):  # fmt: skip
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         self.config = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
         widths, halvings = [int(channels * m) for m in channel_mult], len(channel_mult) - 1
         sizes = [image_size // 2**i for i in range(halvings + 1)]
-        least = dict(image_size=2**halvings, in_channels=1, out_channels=1, channels=2, blocks=1)
+        least = dict(image_size=2**halvings, in_channels=1, out_channels=1, channels=2, num_res_blocks=1)
         for k, n in dict(least, head_channels=1, num_classes=1).items():
             if config[k] is not None and (config[k] < n or config[k] % n):
                 raise ValueError(f"{k} must be a positive multiple of {n}; got {config[k]}")
-        if not set(attention) <= set(sizes):
-            raise ValueError(f"attention must hold sizes among {sizes}; got {attention}")
+        if not set(attention_resolutions) <= set(sizes):
+            raise ValueError(f"attention_resolutions must hold sizes among {sizes}; got {attention_resolutions}")
         c, c_emb, skips = widths[0], 4 * channels, [widths[0]]
 
         def stage(c_in, c_out, attend):
@@ -1043,14 +1050,14 @@ class UNet(nn.Module):
             if size < image_size:
                 self.down.append(Stage(nn.Conv2d(c, c, 3, stride=2, padding=1)))
                 skips.append(c)
-            for _ in range(blocks):
-                self.down.append(stage(c, width, size in attention))
+            for _ in range(num_res_blocks):
+                self.down.append(stage(c, width, size in attention_resolutions))
                 skips.append(c := width)
         self.middle = stage(c, c, True).append(ResBlock(c, c, c_emb, dropout))
         self.up = nn.ModuleList()
         for size, width in zip(sizes[::-1], widths[::-1]):
-            for _ in range(blocks + 1):
-                self.up.append(stage(c + skips.pop(), c := width, size in attention))
+            for _ in range(num_res_blocks + 1):
+                self.up.append(stage(c + skips.pop(), c := width, size in attention_resolutions))
             if size < image_size:
                 self.up[-1].append(Upsample(c, c, 3, padding=1))
         last = zeroed(nn.Conv2d(c, out_channels, 3, padding=1))
