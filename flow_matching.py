@@ -700,7 +700,7 @@ def _dopri5(f, x, times, rtol, atol, max_nfe, norm, cond):
             rejected[active] += ~accepted
         if any_arrived:
             xs[target, active] = x  # rows that have not arrived will write again
-            nfe[active] = calls
+            nfe.index_fill_(0, active, calls)
             cut = arrived & (h_next / h < 1)  # a step cut short says nothing against a longer one
             h_next = torch.where(cut, h, h_next)
             target = target + arrived
