@@ -10,14 +10,21 @@
 --data, --test     cifar10 (kept in ./data) or folders of images: central squares of --size pixels
 --conditional      learns labels: CIFAR-10's, or the names of the folder's subfolders
 --superres N       learns images given themselves at 1/N of their size, Section 6.4
+--flip             mirrors half of the training images
+--path, --late     Section 4.1; share of the times that are drawn near the data
 --objective        row of Table 1; --coupling ot pairs noise and images in minibatches, by SciPy
---init             weights of a checkpoint.pt, or of torchcfm as adm:FILE
+--channels         of the UNet, times --channel-mult at each level of --num-res-blocks, --dropout
+--attention-resolutions   the image sizes in pixels that have it, in heads of --head-channels
+--init             weights of a checkpoint.pt, or of torchcfm as adm:FILE; --seed: of all else
 --batch            images a step on all ranks together, in --accumulate pieces to save memory
 --warmup, --decay  steps to reach --lr; none, linear or cosine from there down to 1e-8
 --clip, --ema      largest norm of the gradient, 0: any; decay of averaged weights, 0: no average
+--precision        bf16: autocast; --compile: the network, by torch.compile
+--log-every        steps; --save-every, --preview-every: of the checkpoint, of a picture of samples
 --solver           dopri5:TOLERANCE, or euler, midpoint or rk4:NFE, the network calls
 --guidance w       v_none + w (v_label - v_none), two network calls in one of the solver's
 --K, --probes      draws of the dequantisation, Eq. (47); Hutchinson's, Eq. (34), 0: exact trace
+--eval-batch       images at a time in --sample and --bpd, on each rank
 
 Computed, not measured: at 40 % of an A100's peak (312 TFLOP/s bf16, 156 TF32), and 3 forward passes
 (11.4 GFLOP; paper 45.7) an image, --recipe modern takes 4 h in bf16 (3,640 images/s) or 8 h in TF32
@@ -28,7 +35,6 @@ import argparse
 import contextlib
 import copy
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -44,6 +50,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
@@ -74,6 +81,10 @@ def whole_numbers(text):
     return tuple(map(int, text.split(",")))
 
 
+def folder(text):
+    return text if text in ("", "cifar10") else os.path.abspath(text)
+
+
 def solver(text):
     """The keywords of odeint."""
     method, value = text.split(":")
@@ -86,13 +97,22 @@ def solver(text):
 
 
 TYPES = {"channel_mult": whole_numbers, "attention_resolutions": whole_numbers, "solver": solver}
+TYPES |= {"data": folder, "test": folder}
 RECIPES = {"modern": MODERN, "paper": PAPER, "laptop": LAPTOP}
 CHOICES = {"path": PATHS, "objective": OBJECTIVES, "coupling": ("independent", "ot")}
 CHOICES |= {"decay": ("none", "linear", "cosine"), "precision": ("fp32", "bf16")}
 FREE = {*EVALUATION, *EVERY, "data", "test", "compile", "accumulate"}  # may change on resume
 
 
-def get_parser():
+def fail(message):
+    """Ends the program with one line, from the first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"train_cifar.py: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def resolve_args(argv=None):
+    """Settings and checkpoint: the command line's come before the run's, before the recipe's."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("train_cifar.py", description=__doc__, formatter_class=raw)
     parser.error = fail
@@ -107,19 +127,6 @@ def get_parser():
         if isinstance(default, bool):
             how = {"action": argparse.BooleanOptionalAction}
         flag("--" + name.replace("_", "-"), default=default, help=f"{default}", **how)
-    return parser
-
-
-def fail(message):
-    """Ends the program with one line, which the first rank prints."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"train_cifar.py: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def resolve_args(argv=None):
-    """Settings and checkpoint: the command line's come before the run's, before the recipe's."""
-    parser = get_parser()
     named = parser.parse_args(argv)
     parser.set_defaults(classes=(), **RECIPES[named.recipe])
     file = Path(named.out, "checkpoint.pt")
@@ -140,7 +147,7 @@ def resolve_args(argv=None):
     return args, checkpoint
 
 
-# ---- Training ------------------------------------------------------------------------------------
+# ---- Training ----
 def train(args, checkpoint):
     check_settings(args)
     images = load_images(args, "data")
@@ -148,17 +155,14 @@ def train(args, checkpoint):
     net = build(args, checkpoint)
     average = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
-    first = 0
+    first = checkpoint["step"] if checkpoint else 0
     if checkpoint:
-        first = checkpoint["step"]
         average.load_state_dict(checkpoint["average"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     if args.compile:
         net.compile()
-    model = net
-    if args.world > 1:
-        devices = [args.device] if args.device.type == "cuda" else None
-        model = torch.nn.parallel.DistributedDataParallel(net, device_ids=devices)
+    devices = [args.device] if args.device.type == "cuda" else None
+    model = DistributedDataParallel(net, device_ids=devices) if args.world > 1 else net
     print("  ".join(f"{name}={value}" for name, value in vars(args).items()))
     print(f"{len(images[0]):,} images, {args.world} ranks, from step {first}", flush=True)
     caught = []  # Ctrl-C and SIGTERM, for the loop to see after its step
@@ -222,7 +226,8 @@ def get_batch(args, images, step):
     B = args.batch
     n = len(images[0])
     epoch, i = divmod(step, n // B)
-    pixels, labels = fetch(args, images, epoch_order(args.seed, epoch, n)[i * B : (i + 1) * B])
+    order = torch.randperm(n, generator=seeded("cpu", args.seed, "epoch", epoch))
+    pixels, labels = fetch(args, images, order[i * B : (i + 1) * B])
     where = {"device": args.device, "generator": seeded(args.device, args.seed, "step", step)}
     if args.flip:
         mirrored = torch.rand((B, 1, 1, 1), **where) < 0.5
@@ -231,13 +236,10 @@ def get_batch(args, images, step):
     x1 = ((pixels + torch.rand(pixels.shape, **where)) / 128 - 1).permute(0, 3, 1, 2)
     unlabelled = torch.rand(B, **where) < 0.1  # a tenth learns v_none, for --guidance
     labels = labels.masked_fill(unlabelled, len(args.classes))
-    batch = {"x1": x1, "t": sample_times(args, B, where)}
+    t = sample_times(args, B, where)
     noise = torch.randn(x1.shape, **where)
-    if args.coupling == "ot":
-        batch["x0"] = noise[ot_coupling(noise, x1)]
-    else:
-        batch["noise"] = noise
-    batch |= conditions(args, pixels, labels)
+    pairs = {"x0": noise[ot_coupling(noise, x1)]} if args.coupling == "ot" else {"noise": noise}
+    batch = {"x1": x1, "t": t, **pairs, **conditions(args, pixels, labels)}
     return {name: x[args.rank :: args.world] for name, x in batch.items()}
 
 
@@ -262,10 +264,6 @@ def conditions(args, pixels, labels):
     return given
 
 
-def epoch_order(seed, epoch, n):
-    return torch.randperm(n, generator=seeded("cpu", seed, "epoch", epoch))
-
-
 def seeded(device, *key):
     """A generator that is a function of the key."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
@@ -288,19 +286,16 @@ def update_average(average, net, decay, step):
 
 def report(args, step, recent, pace):
     """Ends a run that is not finite; at a log line prints and logs the means of recent steps."""
-    values = sum_over_ranks(args, torch.stack(recent)) / args.world
-    values = values.tolist()  # the only wait for the device
-    for i, (loss, norm) in enumerate(values):
+    means = sum_over_ranks(args, torch.stack(recent)) / args.world
+    values = means.tolist()  # the only wait for the device
+    for i, (loss, norm) in enumerate(values, step - len(values)):
         if not math.isfinite(loss + norm):
-            what = f"step {step - len(recent) + i}: loss {loss}, gradient norm {norm}, not taken"
+            what = f"step {i}: loss {loss}, gradient norm {norm}, not taken"
             fail(f"{what}. Lower --lr, with --init of the checkpoint in {args.out}, which stands")
     if step % args.log_every == 0:
         loss, norm = np.mean(values, 0)
-        left = (args.steps - step) * pace / 3600
         line = {"step": step, "loss": loss, "grad_norm": norm, "lr": learning_rate(args, step - 1)}
-        line |= {"images_per_second": args.batch / pace, "hours_left": left}
-        if args.device.type == "cuda":
-            line["GB"] = torch.cuda.max_memory_allocated(args.device) / 1e9
+        line["images_per_second"] = args.batch / pace
         print("  ".join(f"{name} {value:.6g}" for name, value in line.items()), flush=True)
         if args.rank == 0:
             with open(Path(args.out, "log.jsonl"), "a") as file:
@@ -315,13 +310,12 @@ def allow_tf32(allowed):
     torch.backends.cudnn.benchmark = allowed
 
 
-# ---- Network and checkpoint ----------------------------------------------------------------------
+# ---- Network and checkpoint ----
 def build(args, checkpoint):
     """The network of the checkpoint, else a new one with weights from --init or --seed."""
     torch.manual_seed(args.seed)
-    config = {name: getattr(args, name) for name in NETWORK}
-    config |= {"image_size": args.size, "num_classes": len(args.classes) or None}
-    config["cond_channels"] = 3 * (args.superres > 1)
+    config = {name: getattr(args, name) for name in NETWORK} | {"image_size": args.size}
+    config |= {"num_classes": len(args.classes) or None, "cond_channels": 3 * (args.superres > 1)}
     if checkpoint:
         net = UNet(**checkpoint["network"])
         net.load_state_dict(checkpoint["net"])
@@ -331,15 +325,14 @@ def build(args, checkpoint):
         net = UNet.from_adm(torch.load(args.init[4:], "cpu", weights_only=True), **config)
     else:
         source = torch.load(args.init, "cpu", weights_only=True)
-        net = UNet(**{**config, "time_scale": source["network"]["time_scale"]})
+        net = UNet(**config, time_scale=source["network"]["time_scale"])
         net.load_state_dict(source["average"])
     return net.to(args.device)
 
 
 def velocity(args, net):
     """The field of a network trained for --objective."""
-    predict = OBJECTIVES[args.objective].get("predict", "velocity")
-    return fm.as_velocity(net, PATHS[args.path](), predict)
+    return fm.as_velocity(net, PATHS[args.path](), OBJECTIVES[args.objective]["predict"])
 
 
 def load(out, device="cpu"):
@@ -377,15 +370,18 @@ def save_checkpoint(args, step, net, average, optimizer):
             torch.save(state, file)
 
 
-# ---- Data ----------------------------------------------------------------------------------------
+# ---- Data ----
 def load_images(args, split):
     """Pixels (N, S, S, 3) uint8 and labels (N,) of "data" or "test", which may be None."""
     source = getattr(args, split) or args.data == "cifar10" and "cifar10"
     if not source:
         return None
     if source == "cifar10":
-        if args.rank == 0:
-            CIFAR10("data", download=True)
+        try:
+            if args.rank == 0:
+                CIFAR10("data", download=True)
+        except (OSError, RuntimeError) as error:
+            fail(f"{error}: put cifar-10-python.tar.gz into ./data or name a --data FOLDER")
         sum_over_ranks(args, torch.zeros(()))  # the others wait
         cifar = CIFAR10("data", train=split == "data")
         if args.conditional:
@@ -400,24 +396,16 @@ def load_images(args, split):
     key = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file, _ in files]
     key = hashlib.sha256(repr((args.size, key)).encode()).hexdigest()[:16]
     cache = Path(args.out, f"{split}-{key}.npy")  # of another name when the folder changes
+    names, labels = zip(*files, strict=True)
     if args.rank == 0 and not cache.exists():
-        fill_cache(cache, [file for file, _ in files], args.size)
+        print(f"reading {len(files)} images", flush=True)
+        with replacing(cache) as file, ThreadPoolExecutor() as pool:
+            shape = (len(files), args.size, args.size, 3)
+            pixels = np.lib.format.open_memmap(file.name, "w+", np.uint8, shape)
+            for i, square in enumerate(pool.map(read_square, names, [args.size] * len(files))):
+                pixels[i] = square
     sum_over_ranks(args, torch.zeros(()))
-    labels = torch.tensor([label for _, label in files])
-    return torch.from_numpy(np.load(cache, mmap_mode="c")), labels
-
-
-def fill_cache(cache, files, size):
-    """Writes the images as one array, (N, size, size, 3) uint8, that all ranks map."""
-    print(f"reading {len(files)} images", flush=True)
-    with replacing(cache) as file, ThreadPoolExecutor() as pool:
-        shape = (len(files), size, size, 3)
-        pixels = np.lib.format.open_memmap(file.name, "w+", np.uint8, shape)
-        for i, square in enumerate(pool.map(read_square, files, itertools.repeat(size))):
-            pixels[i] = square
-    for old in cache.parent.glob(cache.name.split("-")[0] + "-*.npy"):
-        if old != cache:
-            old.unlink()
+    return torch.from_numpy(np.load(cache, mmap_mode="c")), torch.tensor(labels)  # all ranks map it
 
 
 def read_square(file, size):
@@ -439,21 +427,25 @@ def fetch(args, images, index):
     return [x.to(args.device, non_blocking=cuda) for x in picked]
 
 
-# ---- Sampling and evaluation ---------------------------------------------------------------------
+# ---- Sampling and evaluation ----
 @torch.no_grad()
 def generate(args, v, numbers, labels, truth=None):
-    """Samples (B, S, S, 3) uint8, each a function of (--seed, its number), and NFE (B,)."""
+    """Samples (B, S, S, 3) uint8, each a function of (--seed, its number), and NFE (B,).
+
+    With --superres (B, S, 3 S, 3): low resolution, sample and truth side by side.
+    """
     allow_tf32(False)
     path = PATHS[args.path]()
-    x0 = []
-    for n in numbers.tolist():
-        where = {"device": args.device, "generator": seeded(args.device, args.seed, "sample", n)}
-        x0.append(path.sample_source((3, args.size, args.size), **where))
+    size = (3, args.size, args.size)
+    sources = [seeded(args.device, args.seed, "sample", n) for n in numbers.tolist()]
+    x0 = torch.stack([path.sample_source(size, args.device, generator=g) for g in sources])
     given = conditions(args, truth, labels.to(args.device))
-    if args.guidance != 1:
-        v = fm.classifier_free_guidance(v, args.guidance)
-    solution = odeint(v, torch.stack(x0), path.t_span, **args.solver, **given)
-    return to_pixels(solution.x), solution.nfe
+    field = v if args.guidance == 1 else fm.classifier_free_guidance(v, args.guidance)
+    solution = odeint(field, x0, path.t_span, **args.solver, **given)
+    pixels = to_pixels(solution.x)
+    if args.superres > 1:
+        pixels = torch.cat([to_pixels(given["cond"]), pixels, truth.cpu()], 2)
+    return pixels, solution.nfe
 
 
 def to_pixels(x):
@@ -462,16 +454,10 @@ def to_pixels(x):
 
 
 def preview(args, v, images, step):
-    """samples/step_N.png: eight samples a row, a row a class; low resolution, sample, truth."""
+    """samples/step_N.png: eight samples a row, a row a class."""
     numbers = torch.arange(8 * min(10, len(args.classes) or 8))
     truth, _ = fetch(args, images, numbers % len(images[0]))
-    try:
-        pixels, _ = generate(args, v, numbers, numbers // 8, truth)
-    except fm.SolverError as error:
-        return print(f"no picture at step {step}: {error}")
-    if args.superres > 1:
-        low = to_pixels(conditions(args, truth, None)["cond"])
-        pixels = torch.cat([low, pixels, truth.cpu()], 2)
+    pixels, _ = generate(args, v, numbers, numbers // 8, truth)
     file = Path(args.out, "samples", f"step_{step}.png")
     file.parent.mkdir(exist_ok=True)
     save_image(pixels.permute(0, 3, 1, 2) / 255, file, nrow=8)
@@ -480,8 +466,7 @@ def preview(args, v, images, step):
 def write_samples(args, v, images, source):
     """PNG files of samples 0 to N - 1; those that are there already are kept."""
     how = "_".join(str(value) for value in args.solver.values())
-    folder = f"{source}_{how}_guidance{args.guidance:g}_seed{args.seed}"
-    folder = Path(args.out, "samples", folder)
+    folder = Path(args.out, "samples", f"{source}_{how}_guidance{args.guidance:g}_seed{args.seed}")
     folder.mkdir(parents=True, exist_ok=True)
     numbers = range(args.rank, args.sample, args.world)
     numbers = [n for n in numbers if not (folder / f"{n:06d}.png").exists()]
@@ -489,13 +474,13 @@ def write_samples(args, v, images, source):
     for chunk in torch.tensor(numbers, dtype=torch.int64).split(args.eval_batch):
         truth = fetch(args, images, chunk % len(images[0]))[0] if args.superres > 1 else None
         pixels, nfe = generate(args, v, chunk, chunk % max(1, len(args.classes)), truth)
-        for n, sample in zip(chunk.tolist(), pixels, strict=True):
+        for n, picture in zip(chunk.tolist(), pixels, strict=True):
             with replacing(folder / f"{n:06d}.png") as file:
-                Image.fromarray(sample.numpy()).save(file, "png")
+                Image.fromarray(picture.numpy()).save(file, "png")
         print(f"{n + 1} of {args.sample} in {folder}, NFE {nfe.float().mean():.1f}", flush=True)
         if args.superres > 1:
-            error = (pixels.float() - truth.cpu()).square().flatten(1).mean(1)
-            psnr += (10 * torch.log10(255**2 / error)).tolist()
+            _, sample, truth = pixels.float().split(args.size, 2)
+            psnr += (10 * (255**2 / (sample - truth).square().mean((1, 2, 3))).log10()).tolist()
             print(f"PSNR {sum(psnr) / len(psnr):.2f} dB against the held-out truth")
 
 
@@ -504,9 +489,8 @@ def print_bpd(args, v, images, source):
     allow_tf32(False)
     N = min(args.bpd, len(images[0]))
     totals = torch.zeros(2, N)  # bits per dimension and calls
-    how = {"divergence": "hutchinson", "probes": args.probes, **args.solver}
-    if args.probes == 0:
-        how = {"divergence": "exact", **args.solver}
+    how = {"divergence": "hutchinson" if args.probes else "exact"}
+    how |= {"probes": max(1, args.probes), **args.solver}
     for index in torch.arange(N).split(args.eval_batch)[args.rank :: args.world]:
         pixels, labels = fetch(args, images, index)
         torch.manual_seed(seeded("cpu", args.seed, "bpd", index[0].item()).initial_seed())
@@ -529,12 +513,11 @@ def evaluate(args, checkpoint):
     images = load_images(args, "test")
     if images is None and (args.bpd or args.superres > 1):
         fail("--test FOLDER must give the held-out images for this")
+    net = build(args, checkpoint).eval().requires_grad_(False)
     if checkpoint:
-        v, _ = load(args.out, args.device)
-        source = f"step{checkpoint['step']}"
-    else:
-        v = velocity(args, build(args, None).eval().requires_grad_(False))
-        source = f"init_{Path(args.init).stem}"
+        net.load_state_dict(checkpoint["average"])
+    v = velocity(args, net)
+    source = f"step{checkpoint['step']}" if checkpoint else f"init_{Path(args.init).stem}"
     if args.sample:
         write_samples(args, v, images, source)
     if args.bpd:
@@ -542,7 +525,7 @@ def evaluate(args, checkpoint):
     return 0
 
 
-# ---- Ranks ---------------------------------------------------------------------------------------
+# ---- Ranks ----
 def sum_over_ranks(args, x):
     if args.world > 1:
         dist.all_reduce(x)
@@ -558,16 +541,15 @@ def start_device(args):
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     kind = args.device or next((name for name in present if present[name]), "cpu")
     args.device = torch.device(kind)
-    bound = {}
     if kind == "cuda":
         if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
             fail(f"{torch.cuda.device_count()} GPUs here: lower torchrun's --nproc_per_node")
         args.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(args.device)
-        bound = {"device_id": args.device}
     if args.world > 1:  # gloo carries what concerns the host, without a wait for the GPU
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=12), **bound)
+        bound = args.device if kind == "cuda" else None
+        dist.init_process_group(backend, timeout=timedelta(hours=12), device_id=bound)
 
 
 def main(argv=None):
@@ -575,13 +557,17 @@ def main(argv=None):
     start_device(args)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     run = evaluate if args.sample or args.bpd else train
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         code = run(args, checkpoint)
-    except (ValueError, ImportError, FileNotFoundError) as error:
+    except (ValueError, ImportError, FileNotFoundError, fm.SolverError) as error:
         fail(error)
     except torch.cuda.OutOfMemoryError as error:
         hint = "raise --accumulate or lower --batch, --eval-batch"  # by whichever rank it is
         sys.exit(f"train_cifar.py: error: {error} {hint}; the last checkpoint in {args.out} stands")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if args.world > 1:
         sum_over_ranks(args, torch.zeros(()))  # nobody leaves before the others
         dist.destroy_process_group()
