@@ -71,10 +71,10 @@ MODERN = DATA | METHOD | NETWORK | TRAINING | EVERY | EVALUATION
 # Departure: MODERN is the recipe of Tong et al. (2024), smaller and better. This is Table 3:
 PAPER = dict(channels=256, dropout=0.0, lr=5e-4, warmup=45_000, decay="linear", batch=256)
 PAPER |= dict(steps=391_000, clip=0.0, ema=0.0, flip=False)
-# Departure: ten minutes on two CPU cores; many small steps, a part of them near the data.
+# Departure: ten minutes on two CPU cores, in many small steps.
 LAPTOP = dict(size=28, channels=48, channel_mult=(1, 2, 2), num_res_blocks=1, dropout=0.0)
-LAPTOP |= dict(attention_resolutions=(7,), batch=8, steps=3000, lr=1.5e-3, warmup=150, flip=False)
-LAPTOP |= dict(decay="linear", ema=0.995, late=0.3, solver="midpoint:20", preview_every=1000)
+LAPTOP |= dict(attention_resolutions=(7,), batch=8, steps=3000, lr=1e-3, warmup=150, flip=False)
+LAPTOP |= dict(decay="linear", ema=0.995, solver="midpoint:20", preview_every=1000)
 
 
 def whole_numbers(text):
