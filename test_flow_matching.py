@@ -1,4 +1,4 @@
-"""Every equation and script against something that is not our code: a closed form, autodiff, ...
+"""Every equation against something that is not our code, and both scripts, on small settings.
 
 Run with: python -m pytest -q test_flow_matching.py
 """
@@ -56,6 +56,7 @@ from flow_matching import (
 HERE = Path(__file__).parent
 SCIPY = importlib.util.find_spec("scipy") is not None  # for ot_coupling alone
 needs_scipy = pytest.mark.skipif(not SCIPY, reason="SciPy is not installed")
+torch.set_num_threads(1)  # sums of several threads round in another way than those of one
 
 
 @pytest.fixture(autouse=True)
@@ -2167,7 +2168,7 @@ def test_recipes_are_table_3_and_torchcfm_and_flags_come_first():
     assert (args.lr, args.channels) == (1e-4, 256)
     laptop = settings("--recipe laptop")
     assert (laptop.size, laptop.channel_mult, laptop.num_res_blocks) == (28, (1, 2, 2), 1)
-    assert (laptop.attention_resolutions, laptop.steps, laptop.late) == ((7,), 3000, 0.3)
+    assert (laptop.attention_resolutions, laptop.steps, laptop.late) == ((7,), 3000, 0.0)
     assert laptop.solver == {"method": "midpoint", "steps": 10}
 
 
@@ -2474,14 +2475,13 @@ def test_refused_in_one_line_and_nothing_is_overwritten(cifar, finished, tmp_pat
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(python|sh)\n(.*?)```", README, re.S)
-COMMANDS = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
-COMMANDS += re.findall(r"`((?:python|torchrun) [^`]+)`", README)
+INLINE = re.findall(r"`((?:python train|torchrun|for s in)[^`]+)`", README)
 TOY = "--steps 2 --batch 64 --samples 60"
 CIFAR = "--channels 8 --num-res-blocks 1 --head-channels 8 --batch 4 --steps 2"
 
 
-@pytest.mark.parametrize("number", range(3))
-def test_readme_core_data_and_labels_run_with_torch_and_the_module_alone(tmp_path, number):
+@pytest.mark.parametrize("number", range(2))
+def test_readme_core_and_data_run_with_torch_and_the_module_alone(tmp_path, number):
     block = [code for kind, code in BLOCKS if kind == "python"][number]
     text = (HERE / "flow_matching.py").read_text(encoding="utf-8")
     (tmp_path / "flow_matching.py").write_text(text, encoding="utf-8")
@@ -2496,11 +2496,8 @@ def test_readme_core_data_and_labels_run_with_torch_and_the_module_alone(tmp_pat
     assert done.returncode == 0 and done.stderr == "", done.stderr
     if number == 0:
         assert abs(float(done.stdout.split()[-1]) - 1) < 0.1  # two blobs at -1 and 1
-    elif number == 1:
-        assert done.stdout.count("tensor(") == 2
     else:
-        weak, strong = re.findall(r"^guidance .*: (\d\.\d+)", done.stdout, re.M)
-        assert 0.7 < float(weak) < float(strong) and float(strong) > 0.95
+        assert done.stdout.count("tensor(") == 2
 
 
 def test_readme_commands_and_image_blocks_run_in_their_order(tmp_path, monkeypatch, capsys):
@@ -2521,9 +2518,8 @@ def test_readme_commands_and_image_blocks_run_in_their_order(tmp_path, monkeypat
             seen += 1
         elif kind == "sh":
             seen += sum(run_readme_line(line) for line in block.splitlines())
-    inline = [line for line in COMMANDS if "train_cifar" in line and "runs/digits" not in line]
-    seen += sum(run_readme_line(line) for line in inline)
-    assert seen >= 14
+    seen += sum(run_readme_line(line) for line in INLINE)
+    assert seen == 17 - (not SCIPY)
     assert (tmp_path / "guidance3.png").stat().st_size > 1000
 
 
@@ -2546,6 +2542,12 @@ def run_readme_line(line):
         if not evaluates or "--init" in flags:
             flags += f" {CIFAR} --channel-mult 1,1,1" + ",1" * ("laptop" not in flags)
         assert train_cifar.main(flags.split()) == 0, line
+    elif program == "torchrun --nproc_per_node=auto train_cifar":
+        flags = f"{flags} {CIFAR} --data FOLDER --out runs/many --channel-mult 1,1,1,1"
+        script = [HERE / "train_cifar.py", *flags.split(), "--solver", "euler:2"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *script]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        assert subprocess.run(command, env=env, capture_output=True).returncode == 0
     else:
         return 0
     return 1
