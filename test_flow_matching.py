@@ -711,8 +711,8 @@ def test_fixed_steps_are_exactly_those_asked_for(method, stages, nodes, steps):
 
 SHARES = [
     ((0.0, 0.01, 0.75, 1.0), [0, 0.01, 0.25667, 0.50333, 0.75]),
-    ((5.0, 6.0, 6.75), [5, 5.33333, 5.66667, 6, 6.375]),
-    ((-5.0, -6.0, -6.75), [-5, -5.33333, -5.66667, -6, -6.375]),
+    ((5.0, 6.0, 6.4), [5, 5.33333, 5.66667, 6, 6.2]),
+    ((-5.0, -6.0, -6.4), [-5, -5.33333, -5.66667, -6, -6.2]),
 ]
 
 
@@ -806,7 +806,7 @@ def test_solver_error_keeps_the_state_of_every_sample():
         odeint(explode, x.clone().requires_grad_(), (0, 0.2, 1))
     assert_close(e.value.t, torch.tensor([1, 0.25, 1]), atol=1e-3, rtol=0)
     assert_close(e.value.x[[0, 2]], 1 / (1 / x[[0, 2]] - 4), atol=1e-3, rtol=1e-3)
-    assert e.value.x.shape == (3, 1) and not e.value.x.requires_grad
+    assert e.value.x[1] > 1000 and not e.value.x.requires_grad
     with pytest.raises(fm.SolverError, match=r"at t = -1\.75\d* in sample 1, .*singular"):
         odeint(explode, x, (-2, -1))  # wherever on the axis of time
 
@@ -1295,13 +1295,21 @@ def test_eq4_likelihood_of_the_network_against_the_determinant_of_its_flow():
     assert_close(gradient.square().sum(), moved.sum() / 1e-6, rtol=1e-3, atol=1e-3)
 
 
-def test_group_norm_keeps_bfloat16_under_autocast():
-    norm, x = fm.GroupNorm(48), torch.randn(2, 48, 4, 4).bfloat16()
+def test_group_norm_keeps_bfloat16_under_autocast(monkeypatch):
+    norm = fm.GroupNorm(48)
+    x = torch.randn(2, 48, 4, 4).bfloat16()
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
+    expected = F.group_norm(x.float(), 16, norm.weight, norm.bias)
+    group_norm = F.group_norm
+
+    def guarded(x, groups, weight, *rest):  # a GPU's autocast would compute in float32
+        assert weight.dtype == torch.bfloat16 and not torch.is_autocast_enabled("cpu")
+        return group_norm(x, groups, weight, *rest)
+
+    monkeypatch.setattr(F, "group_norm", guarded)
     with torch.autocast("cpu", torch.bfloat16):
         y = norm(x)
-    expected = F.group_norm(x.float(), 16, norm.weight, norm.bias)
     assert y.dtype == torch.bfloat16
     assert_close(y.float(), expected, rtol=0.02, atol=0.02)
 
