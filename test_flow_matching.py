@@ -2479,6 +2479,20 @@ def test_refused_in_one_line_and_nothing_is_overwritten(cifar, finished, tmp_pat
     assert contents() == before and not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
+def test_bpd_takes_its_images_evenly_from_all(cifar, photos, monkeypatch):
+    assert cifar("--steps 1")[0] == 0
+    seen = []
+    fetch = train_cifar.fetch
+
+    def spy(args, images, index):
+        seen.append(index.tolist())
+        return fetch(args, images, index)
+
+    monkeypatch.setattr(train_cifar, "fetch", spy)
+    code, _, _ = cifar(f"--bpd 3 --test {photos / 'test'} --solver euler:1", new=False)
+    assert code == 0 and seen == [[0, 2, 4]]  # of six, three in each class's folder
+
+
 # ---- The README ----------------------------------------------------------------------------------
 
 README = (HERE / "README.md").read_text(encoding="utf-8")

@@ -485,14 +485,14 @@ def write_samples(args, v, images, source):
 
 
 def print_bpd(args, v, images, source):
-    """Prints the mean bits per dimension of the first N held-out images."""
+    """Prints the mean bits per dimension of N held-out images, evenly from all of them."""
     allow_tf32(False)
     N = min(args.bpd, len(images[0]))
     totals = torch.zeros(2, N)  # bits per dimension and calls
     how = {"divergence": "hutchinson" if args.probes else "exact"}
     how |= {"probes": max(1, args.probes), **args.solver}
     for index in torch.arange(N).split(args.eval_batch)[args.rank :: args.world]:
-        pixels, labels = fetch(args, images, index)
+        pixels, labels = fetch(args, images, index * len(images[0]) // N)  # folders go by class
         torch.manual_seed(seeded("cpu", args.seed, "bpd", index[0].item()).initial_seed())
         given = conditions(args, pixels, labels)
         pixels = pixels.permute(0, 3, 1, 2)
