@@ -511,8 +511,8 @@ def odeint(v, x, t=(0.0, 1.0), method="dopri5", steps=None, rtol=None, atol=None
 
     if method == "dopri5":
         rtol, atol = (1e-5 if value is None else value for value in (rtol, atol))
-        norm = norm or _rms
-        xs, *counts = _dopri5(f, x.to(dtype), times, rtol, atol, max_nfe or 10_000, norm, cond)
+        max_nfe = 10_000 if max_nfe is None else max_nfe
+        xs, *counts = _dopri5(f, x.to(dtype), times, rtol, atol, max_nfe, norm or _rms, cond)
     else:
         xs, *counts = _fixed_steps(f, x.to(dtype), times, METHODS[method], steps, cond)
     return Solution(xs[-1].to(x.dtype), xs.to(x.dtype), *counts)
@@ -552,8 +552,8 @@ def sample_sde(v, path, shape, steps, g=None, device=None, dtype=None, generator
         t = _as_time(start + i * h, x).expand(len(x))
         v_t = _check_shape(v(t, x, **cond), x)
         x_new = x + h * v_t
-        if i + 1 < steps:
-            g_t = _diffusion(g, path, start + i * h)
+        g_t = _diffusion(g, path, start + i * h) if i + 1 < steps else 0
+        if g_t:
             score = path.convert(t, x, v_t, "velocity", "score")
             noise = torch.randn(shape, device=x.device, dtype=x.dtype, generator=generator)
             x_new = (x_new + h * g_t**2 / 2 * score + math.sqrt(h) * g_t * noise).to(x.dtype)
@@ -1226,6 +1226,9 @@ def _check_solver(method, intervals, steps, rtol, atol, max_nfe):
     if method == "dopri5":
         rule = f"steps = {steps} does not go with dopri5, which picks its own"
         _require(steps is None, f"{rule}; set rtol and atol, or method='rk4'")
+        given = [value for value in (rtol, atol) if value is not None]
+        fits = all(0 <= value < math.inf for value in given) and given != [0, 0]
+        _require(fits, "rtol and atol must be >= 0, finite, and not both 0", rtol, atol)
     else:
         fits = rtol is None and atol is None and max_nfe is None
         _require(fits, f"rtol, atol and max_nfe are for dopri5; {method} takes steps alone")

@@ -1436,6 +1436,23 @@ def test_public_names_exist_and_are_documented():
         assert method.__doc__
 
 
+@cases("options", [{"rtol": 0, "atol": 0}, {"rtol": -1e-3}, {"atol": math.nan}], ids=str)
+def test_tolerances_that_no_step_can_meet_are_refused(options):
+    with pytest.raises(ValueError, match="rtol and atol must be >= 0, finite, and not both 0"):
+        odeint(still, torch.ones(2, 1), **options)
+
+
+def test_sde_needs_no_score_where_its_diffusion_is_0():
+    path = AffinePath(lambda t: t**2, lambda t: 1 - t)  # at rest at t = 0, where v tells no score
+    ode = sample_sde_of(path, lambda t: 0.0)
+    assert torch.equal(ode, sample_sde_of(path, 0.0))
+
+
+def sample_sde_of(path, g):
+    generator = torch.Generator().manual_seed(3)
+    return fm.sample_sde(itself, path, (4, 2), 5, g=g, generator=generator)
+
+
 # ---- The toy -------------------------------------------------------------------------------------
 
 TOY_RUNS = ["--path ot vp --sde", "--figure conditional", "--figure marginal"]
@@ -2553,7 +2570,7 @@ def run_readme_line(line):
         name, values, line = loop.groups()
         first, *_, last = values.split()
         return sum(run_readme_line(line.replace(f"${name}", value)) for value in (first, last))
-    program, _, flags = line.partition(".py")
+    program, _, flags = line.partition("  #")[0].partition(".py")
     needs = {"ablation": SCIPY, "coupling": SCIPY}
     if not all(there for word, there in needs.items() if word in line):
         return 0
