@@ -2603,3 +2603,10 @@ def test_readme_table_names_functions_and_tests_that_exist():
     for first, last in re.findall(r"\((\d+)\)(?:-\((\d+)\))?", table):
         found |= set(range(int(first), int(last or first) + 1))
     assert found >= {1, 6, 8, 10, 11, *range(14, 24), 26, 33, 34, 37, 47}
+
+
+def test_training_moves_the_average_to_the_weights_where_ema_is_0(cifar, tmp_path):
+    assert cifar("--steps 3 --ema 0")[0] == 0
+    state = read(tmp_path / "run")
+    assert_close(state["average"], state["net"], rtol=0, atol=1e-7)
+    assert any(w.any() for name, w in state["net"].items() if "head.2" in name)  # it has learned
