@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__version__ = "2.0.0"
+__version__ = "2.1.0"
 __all__ = """ConditionalFlow GaussianPath AffinePath OTPath VPPath VEPath CosinePath PATHS cfm_loss
 OBJECTIVES as_velocity ot_coupling Marginal METHODS odeint sample sample_sde Solution SolverError
 classifier_free_guidance log_prob LogProb bits_per_dim BitsPerDim UNet expand""".split()
@@ -107,22 +107,24 @@ class GaussianPath(ConditionalFlow):
 
     def u(self, t, x, x1):
         """Conditional vector field u_t(x | x1), Theorem 3, Eq. (15), (B, *dims)."""
-        mu_t, sigma_t, dmu_t, dsigma_t = self.moments(t, x1)
-        _check_sigma(sigma_t, self)
+        mu_t, sigma_t, dmu_t, dsigma_t = self._positive_moments(t, x1)
         return dsigma_t / sigma_t * (x - mu_t) + dmu_t
 
     def log_prob(self, t, x, x1):
         """log p_t(x | x1), Eq. (10), in nats, (B,)."""
-        mu_t, sigma_t, _, _ = self.moments(t, x1)
-        _check_sigma(sigma_t, self)
+        mu_t, sigma_t, _, _ = self._positive_moments(t, x1)
         log_p = -(((x - mu_t) / sigma_t) ** 2 + math.log(2 * math.pi)) / 2 - sigma_t.log()
         return log_p.reshape(len(x), -1).sum(1)
 
     def score(self, t, x, x1):
         """grad_x log p_t(x | x1), (B, *dims): minus the s of Eqs. (43), (46), a slip in sign."""
-        mu_t, sigma_t, _, _ = self.moments(t, x1)
-        _check_sigma(sigma_t, self)
+        mu_t, sigma_t, _, _ = self._positive_moments(t, x1)
         return (mu_t - x) / sigma_t**2
+
+    def _positive_moments(self, t, x1):
+        moments = self.moments(t, x1)
+        _check_divisor(moments[1], t, "sigma_t is 0", self)
+        return moments
 
 
 class AffinePath(GaussianPath):
@@ -135,10 +137,7 @@ class AffinePath(GaussianPath):
     def __init__(self, alpha, sigma, t_span=None, check_ends=True):
         self.alpha = alpha
         self.sigma = sigma
-        alpha_0, alpha_1 = _end_values(alpha, "alpha")
-        sigma_0, sigma_1 = _end_values(sigma, "sigma")
-        if check_ends:
-            _check_ends(alpha_0, alpha_1, sigma_0, sigma_1)
+        alpha_0, sigma_0, sigma_1 = _schedule_ends(alpha, sigma, check_ends)
         self.t_span = t_span or _whole_span(sigma_1)
         self.source_std = sigma_0
         self.allows_pairs = abs(alpha_0) < 1e-6 and abs(sigma_0 - 1) < 1e-6
@@ -162,25 +161,18 @@ class AffinePath(GaussianPath):
         _check_kinds(source=source, target=target)
         if source == target:
             return value
-        t = expand(t, x)
-        alpha_t, sigma_t, dalpha_t, dsigma_t = self.coefficients(t)
+        alpha_t, sigma_t, dalpha_t, dsigma_t = self.coefficients(expand(t, x))
+        rows = {"data": (1, 0), "noise": (0, 1), "velocity": (dalpha_t, dsigma_t)}
+        rows["score"] = (0, -1 / sigma_t)
+        a, b = rows[source]  # a x1 + b x0 = value, and alpha x1 + sigma x0 = x
+        c, d = rows[target]
+        determinant = alpha_t * b - sigma_t * a
+        nan_if_infinite = 0 * (c + d + dsigma_t)
         what = f"{source} does not tell {target}"
-        if source == "score":
-            value = -sigma_t * value
-        given, wanted = ("noise" if kind == "score" else kind for kind in (source, target))
-        if given != wanted:  # alpha x1 + sigma x0 = x and a x1 + b x0 = value
-            rows = {"data": (1, 0), "noise": (0, 1), "velocity": (dalpha_t, dsigma_t)}
-            a, b = rows[given]
-            determinant = alpha_t * b - sigma_t * a
-            _check_divisor(determinant + 0 * dsigma_t, t, what, self)
-            x1 = (b * x - sigma_t * value) / determinant
-            x0 = (alpha_t * value - a * x) / determinant
-            a, b = rows[wanted]
-            value = a * x1 + b * x0
-        if target == "score":
-            _check_divisor(sigma_t, t, what, self)
-            value = -value / sigma_t
-        return value
+        _check_divisor(determinant + nan_if_infinite, t, what, self)
+        x1 = (b * x - sigma_t * value) / determinant
+        x0 = (alpha_t * value - a * x) / determinant
+        return c * x1 + d * x0
 
     def forward_sde(self, t, x):
         """Drift f (B, *dims), diffusion g (B, 1, ..) of dx = f ds + g dw, s = 1 - t, Eq. (38)."""
@@ -200,7 +192,9 @@ class OTPath(AffinePath):
     def __post_init__(self):
         _require(0 <= self.sigma_min < 1, "sigma_min must lie in [0, 1)", self.sigma_min)
 
-        object.__setattr__(self, "t_span", _whole_span(self.sigma_min))  # frozen, so its hash holds
+    @property
+    def t_span(self):
+        return _whole_span(self.sigma_min)
 
     def coefficients(self, t):
         sigma_t = (1 - t) + self.sigma_min * t  # 1 - (1 - sigma_min) t without cancellation
@@ -218,8 +212,8 @@ class VPPath(AffinePath):
     allows_pairs = False
 
     def __post_init__(self):
-        fits = 0 <= self.beta_min <= self.beta_max < math.inf and self.beta_max > 0
-        _require(fits, f"{self} must have 0 <= beta_min <= beta_max > 0")
+        fits = 0 <= self.beta_min <= self.beta_max < math.inf
+        _require(fits, f"{self} must have 0 <= beta_min <= beta_max")
         alpha_0 = math.exp(-(self.beta_min + self.beta_max) / 4)
         _check_start(alpha_0, math.sqrt(1 - alpha_0**2), "raise beta_max")
 
@@ -252,7 +246,10 @@ class VEPath(AffinePath):
         fits = 0 < self.sigma_min < self.sigma_max < math.inf
         _require(fits, f"{self} must have 0 < sigma_min < sigma_max")
         _check_start(1.0, self.sigma_max, "raise sigma_max")
-        object.__setattr__(self, "source_std", self.sigma_max)
+
+    @property
+    def source_std(self):
+        return self.sigma_max
 
     def coefficients(self, t):
         rate = math.log(self.sigma_min / self.sigma_max)
@@ -291,37 +288,24 @@ def cfm_loss(v, path, x1, *, x0=None, noise=None, t=None, predict="velocity", we
     The minimum is E Var[dpsi | x_t], not 0. ValueError for data that is not finite floating point,
     other shapes, t outside path.t_span, and x0 on a path without allows_pairs.
     """
-    t, x0 = _loss_arguments(path, x1, x0, noise, t, predict, reduction, cond)
-    x_t, target = path.psi_dpsi(t, x0, x1)  # psi_t(x0), d/dt psi_t(x0)
-    if predict != "velocity":
-        target = _other_target(predict, path, t, x0, x1)
+    t, x0 = _loss_arguments(path, x1, x0, noise, t, predict, weight, reduction, cond)
+    x_t, dx_t = path.psi_dpsi(t, x0, x1)  # psi_t(x0), d/dt psi_t(x0)
+    target = {"velocity": dx_t, "noise": x0, "data": x1}.get(predict)
+    if predict == "score":
+        target = -x0 / path.moments(t, x1)[1]  # grad log p_t(x_t | x1)
     error = _check_shape(v(t, x_t.to(x1.dtype), **cond), x1) - target
     # Departure: Eq. (14) sums over dimensions; their mean keeps the learning rate free of d.
-    loss = (_weight(weight, predict, path, t, x1) * error**2).reshape(len(x1), -1).mean(1)
-    return loss.mean() if reduction == "mean" else loss
-
-
-def _other_target(predict, path, t, x0, x1):
-    """x0 for noise, Eq. (45), x1 for data, grad log p_t(x_t | x1) for score, Eq. (43)."""
-    if predict == "score":
-        return -x0 / path.moments(t, x1)[1]
-    return x0 if predict == "noise" else x1
+    losses = (_weight(weight, predict, path, t, x1) * error**2).reshape(len(x1), -1).mean(1)
+    return losses.mean() if reduction == "mean" else losses
 
 
 def _weight(weight, predict, path, t, x1):
     """lambda(t) of Eq. (43), to broadcast against x1."""
-    if weight is None and predict != "score":
-        return 1.0
-    if weight in (None, "sigma^2") and hasattr(path, "moments"):
+    if weight == "sigma^2" or (weight is None and predict == "score"):
         return path.moments(t, x1)[1] ** 2
-    if weight == "beta" and hasattr(path, "beta"):
+    if weight == "beta":
         return expand(path.beta(1 - t), x1)
-    rule = "weight must be None, 'sigma^2', 'beta' (on VPPath) or a function of t"
-    _require(callable(weight), rule, weight, path)
-    values = weight(t)
-    fits = isinstance(values, Tensor) and values.shape == t.shape
-    _require(fits, "weight must give one number for each t", values)
-    return expand(values, x1)
+    return 1.0 if weight is None else expand(weight(t), x1)
 
 
 # The rows of Table 1 as keywords of cfm_loss; "scoreflow" weighs the score for likelihood.
@@ -354,13 +338,11 @@ def ot_coupling(x0, x1) -> Tensor:
     joined: cfm_loss(..., x0=x0[p]). With labels use it within each, as noise given one must be
     N(0, I). ValueError for shapes that differ.
     """
+    from scipy.optimize import linear_sum_assignment
+
     _require(x0.shape == x1.shape, "x0 and x1 must have one shape", x0, x1)
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError:
-        raise ImportError("ot_coupling needs SciPy: pip install scipy") from None
-    rows, columns = (x.detach().flatten(1).to(_at_least_float32(x.dtype)) for x in (x1, x0))
-    _, assigned = linear_sum_assignment((torch.cdist(rows, columns) ** 2).cpu().numpy())
+    rows, columns = (x.detach().flatten(1).cpu().double() for x in (x1, x0))
+    _, assigned = linear_sum_assignment((torch.cdist(rows, columns) ** 2).numpy())
     return torch.as_tensor(assigned, device=x0.device)
 
 
@@ -382,21 +364,20 @@ class Marginal:
 
     def posterior(self, t, x):
         """p_t(x_i | x), the weight of every data point in Eq. (8), (B, N); rows sum to 1."""
-        return self._map(lambda log_w, sigma_t: log_w.softmax(1), t, x)
+        return torch.cat([log_w.softmax(1) for log_w, _ in self._log_weights(t, x)])
 
     def x1_mean(self, t, x):
         """E[x1 | x_t = x], (B, *dims)."""
-        return self._map(lambda log_w, sigma_t: log_w.softmax(1) @ self.data, t, x).reshape(x.shape)
+        with torch.autocast(x.device.type, enabled=False):
+            means = [log_w.softmax(1) @ self.data for log_w, _ in self._log_weights(t, x)]
+        return torch.cat(means).reshape(x.shape)
 
     def log_prob(self, t, x):
         """log p_t(x), Eq. (6), in nats, (B,)."""
         N, d = self.data.shape
-
-        def log_density(log_w, sigma_t):
-            norm = d * sigma_t[:, 0].log() + d / 2 * math.log(2 * math.pi) + math.log(N)
-            return log_w.logsumexp(1) - norm
-
-        return self._map(log_density, t, x)
+        chunks = self._log_weights(t, x)
+        log_p = [log_w.logsumexp(1) - d * sigma_t[:, 0].log() for log_w, sigma_t in chunks]
+        return torch.cat(log_p) - d / 2 * math.log(2 * math.pi) - math.log(N)
 
     def __call__(self, t, x, **cond):
         """u_t(x), Eq. (8), (B, *dims)."""
@@ -406,29 +387,19 @@ class Marginal:
         """grad_x log p_t(x), (B, *dims)."""
         return self.path.score(t, x, self.x1_mean(t, x))
 
-    def _map(self, f, t, x):
-        """f(log weights (Q, N), sigma_t (Q, 1)) of Q rows of x at a time, for Eqs. (6) and (8)."""
+    def _log_weights(self, t, x):
+        """Yields -|x - alpha_t x_i|^2 / (2 sigma_t^2), (Q, N), and sigma_t (Q, 1), Q rows of x."""
         N, d = self.data.shape
-        _check_batch("x", x, wait=False)
-        _require(x[0].numel() == d, f"x must be {d}-dimensional, like the data", x)
-        flat = x.reshape(len(x), d)
+        x = x.reshape(len(x), d)
         t = _check_times(t, x, self.path.t_span)
-        chunk = max(1, 2**24 // (N * d if d <= 32 else N))  # 64 MB of float32
-        results = []
-        with torch.autocast(x.device.type, enabled=False):
-            for times, points in zip(t.split(chunk), flat.split(chunk)):
-                alpha_t, sigma_t, _, _ = self.path.coefficients(times[:, None])
-                sq_distance = self._sq_distance(points, alpha_t, sigma_t)
-                results.append(f(-sq_distance / (2 * sigma_t**2), sigma_t))
-        return torch.cat(results)
-
-    def _sq_distance(self, x, alpha_t, sigma_t):
-        """|x - alpha_t x_i|^2, (Q, N)."""
-        if x.shape[1] <= 32:
-            return ((x[:, None] - alpha_t[:, None] * self.data) ** 2).sum(2)
-        alpha_t = alpha_t.clamp(min=1e-12)
-        differences = "donot_use_mm_for_euclid_dist"  # |x|^2 - 2 x x_i + |x_i|^2 would cancel
-        return (alpha_t * torch.cdist(x / alpha_t, self.data, compute_mode=differences)) ** 2
+        chunk = max(1, 2**24 // N)  # 64 MB of float32
+        for times, points in zip(t.split(chunk), x.split(chunk)):
+            alpha_t, sigma_t, _, _ = self.path.coefficients(times[:, None])
+            scale = alpha_t.clamp(min=1e-12)
+            # Not by |x|^2 - 2 x x_i + |x_i|^2, which would cancel.
+            direct = "donot_use_mm_for_euclid_dist"
+            distance = scale * torch.cdist(points / scale, self.data, compute_mode=direct)
+            yield -(distance**2) / (2 * sigma_t**2), sigma_t
 
 
 # ---- 4 Solvers, Eq. (1) ----
@@ -485,7 +456,7 @@ class SolverError(RuntimeError):
     def __init__(self, message, t, x):
         super().__init__(message)
         self.t = t
-        self.x = x
+        self.x = x.detach()
 
 
 def odeint(v, x, t=(0.0, 1.0), method="dopri5", steps=None, rtol=None, atol=None, max_nfe=None,
@@ -497,7 +468,7 @@ def odeint(v, x, t=(0.0, 1.0), method="dopri5", steps=None, rtol=None, atol=None
     norm, (B, *dims) -> (B,) (RMS if None), in at most max_nfe calls (10,000 if None). cond: tensors
     of B rows for v. Differentiable: sample under torch.no_grad(). ValueError for bad arguments,
     SolverError when a step underflows, v is not finite or max_nfe is spent. A step waits for a GPU
-    once, and once more where a sample arrives.
+    once, and once more where it is rejected or a sample arrives.
     """
     _check_batch("x", x)
     _check_cond(cond, x)
@@ -549,17 +520,16 @@ def sample_sde(v, path, shape, steps, g=None, device=None, dtype=None, generator
     start, end = path.t_span
     h = (end - start) / steps
     for i in range(steps):
-        t = _as_time(start + i * h, x).expand(len(x))
+        time = start + i * h
+        t = _as_time(time, x).expand(len(x))
         v_t = _check_shape(v(t, x, **cond), x)
         x_new = x + h * v_t
-        g_t = _diffusion(g, path, start + i * h) if i + 1 < steps else 0
+        g_t = _diffusion(g, path, time) if i + 1 < steps else 0
         if g_t:
             score = path.convert(t, x, v_t, "velocity", "score")
             noise = torch.randn(shape, device=x.device, dtype=x.dtype, generator=generator)
             x_new = (x_new + h * g_t**2 / 2 * score + math.sqrt(h) * g_t * noise).to(x.dtype)
-        if not x_new.isfinite().all():
-            what = f"step {i + 1} of {steps}, at t = {start + i * h:.6g}, is not finite"
-            raise SolverError(f"{what}; are v and g finite there? take more steps", t, x)
+        _check_step(x_new, t, x)
         x = x_new
     return x
 
@@ -616,22 +586,27 @@ def _fixed_steps(f, x, times, tableau, steps, cond):
     lengths = [abs(end - start) for start, end in zip(times, times[1:])]
     counts = [1] * len(lengths)
     for _ in range(steps - len(lengths)):  # the next step goes where steps are longest
-        counts[max(range(len(lengths)), key=lambda i: lengths[i] / counts[i])] += 1
+        step_lengths = [length / count for length, count in zip(lengths, counts)]
+        counts[step_lengths.index(max(step_lengths))] += 1
     xs = [x]
     for start, end, count in zip(times, times[1:], counts):
         nodes = [start + (end - start) * i / count for i in range(count)] + [end]
-        for node, next_node in zip(nodes, nodes[1:]):
-            t = x.new_full((len(x),), node)
-            t_new = x.new_full((len(x),), next_node)
+        nodes = x.new_tensor(nodes)[:, None].expand(-1, len(x))
+        for t, t_new in zip(nodes, nodes[1:]):
             x_new, _, _ = _rk_step(f, tableau, t, t_new, x, f(t, x, **cond), cond)
-            if not x_new.isfinite().all():
-                where = f"from t = {node:.6g} in sample {_first(~x_new.isfinite())}"
-                message = f"the step {where} is not finite; is v finite there? take more steps"
-                raise SolverError(message, t, x.detach())
+            _check_step(x_new, t, x)
             x = x_new
         xs.append(x)
     accepted = torch.full((len(x),), steps, device=x.device)
     return torch.stack(xs), accepted * len(tableau.C), accepted, torch.zeros_like(accepted)
+
+
+def _check_step(x_new, t, x):
+    """SolverError where a step from (t, x) to x_new is not finite."""
+    bad = ~x_new.isfinite()
+    if bad.any():
+        where = f"from t = {t[0]:.6g} in sample {_first(bad)}"
+        raise SolverError(f"the step {where} is not finite; is v there? take more steps", t, x)
 
 
 def _rms(x):
@@ -652,25 +627,28 @@ def _dopri5(f, x, times, rtol, atol, max_nfe, norm, cond):
     rejected = torch.zeros_like(active)
     t = grid[:1].repeat(len(x))
     h = torch.zeros_like(t)
-    resolution = 10 * torch.finfo(x.dtype).eps
-    span = grid.abs().max()
     calls = 1
 
-    def fail(row, why):
-        t_reached, x_reached = grid[-1:].repeat(xs.shape[1]), xs[-1].detach().clone()
-        t_reached[active], x_reached[active] = t, x.detach()
+    def fail(bad, why):
+        t_reached = grid[-1:].repeat(xs.shape[1])
+        t_reached[active] = t
+        x_reached = xs[-1].detach().clone()
+        x_reached[active] = x.detach()
+        row = _first(bad)
         where = f"step {h[row]:.1e} at t = {t[row]:.6g} in sample {active[row]}, NFE {calls}"
         raise SolverError(f"dopri5: {where}: {why}", t_reached, x_reached)
 
     k = f(t, x, **cond)
-    if not k.isfinite().all():
-        fail(_first(~k.isfinite()), "v is not finite at the start; look at it, x and path.t_span")
+    bad = ~k.isfinite()
+    if bad.any():
+        fail(bad, "v is not finite at the start; look at it, x and path.t_span")
     with torch.no_grad():
         h = _first_step(f, t, x, k, grid[1] - grid[0], rtol, atol, norm, cond)
     calls += 1
     while True:
         if calls + 6 > max_nfe:
-            fail(0, f"max_nfe = {max_nfe} is spent; loosen rtol and atol, or raise it; is v stiff?")
+            why = f"max_nfe = {max_nfe} is spent; loosen rtol and atol, or raise it; is v stiff?"
+            fail(active >= 0, why)
         t_end = grid[target]
         steps_left = (t_end - t) / h
         reaches = steps_left <= 1.01
@@ -685,15 +663,16 @@ def _dopri5(f, x, times, rtol, atol, max_nfe, norm, cond):
             growth = (0.9 * torch.exp(-0.2 * torch.log(error))).clamp(0.2, 3).nan_to_num(0.2)
             h_next = step * growth
             arrived = accepted & reaches
-            stuck = ~accepted & (step.abs() <= resolution * (t_new.abs() + span / 1000))
-            flags = torch.stack([accepted.all(), arrived.any(), stuck.any()])
-        all_accepted, any_arrived, any_stuck = flags.tolist()  # the one wait for a GPU
-        if any_stuck:
-            why = "v is singular or not finite near here, or rtol and atol are too tight"
-            fail(_first(stuck), f"the step is below the resolution of t in {t.dtype}; {why}")
+            flags = torch.stack([accepted.all(), arrived.any()])
+        all_accepted, any_arrived = flags.tolist()  # the one wait for a GPU
         if all_accepted:
             t, x, k = t_new, x_new, k_new
         else:
+            resolution = 10 * torch.finfo(x.dtype).eps * (t_new.abs() + grid.abs().max() / 1000)
+            stuck = ~accepted & (step.abs() <= resolution)
+            if stuck.any():
+                why = "v is singular or not finite near here, or rtol and atol are too tight"
+                fail(stuck, f"the step is below the resolution of t in {t.dtype}; {why}")
             t = torch.where(accepted, t_new, t)
             x = torch.where(_as_column(accepted, x), x_new, x)
             k = torch.where(_as_column(accepted, x), k_new, k)
@@ -701,8 +680,8 @@ def _dopri5(f, x, times, rtol, atol, max_nfe, norm, cond):
         if any_arrived:
             xs[target, active] = x  # rows that have not arrived will write again
             nfe.index_fill_(0, active, calls)
-            cut = arrived & (h_next / h < 1)  # a step cut short says nothing against a longer one
-            h_next = torch.where(cut, h, h_next)
+            was_cut = arrived & (h_next / h < 1)  # which says nothing against a longer step
+            h_next = torch.where(was_cut, h, h_next)
             target = target + arrived
             going = (target < len(grid)).nonzero()[:, 0]
             if len(going) == 0:
@@ -757,11 +736,11 @@ def log_prob(v, x1, path, divergence="exact", probes=1, differentiable=False, me
     _check_path(path, ConditionalFlow)
     _check_batch("x1", x1)
     _check_cond(cond, x1)
-    exact = divergence == "exact"
-    fits = exact or divergence == "hutchinson"
-    _require(fits, "divergence must be 'exact' or 'hutchinson'", divergence)
-    _require(probes >= 1 and (probes == 1 or not exact), "probes >= 1 are hutchinson's", probes)
     _warn_of_dropout(v)
+    exact = divergence == "exact"
+    known = exact or divergence == "hutchinson"
+    _require(known, "divergence must be 'exact' or 'hutchinson'", divergence)
+    _require(probes >= 1 and (probes == 1 or not exact), "probes >= 1 are hutchinson's", probes)
     B, *dims = x1.shape
     d = x1[0].numel()
     with torch.inference_mode(False):  # tensors made under it cannot be differentiated
@@ -775,8 +754,8 @@ def log_prob(v, x1, path, divergence="exact", probes=1, differentiable=False, me
     def augmented(t, state, _eps=None, **cond):  # d/dt [phi_t, f(t)], Eqs. (28)-(29)
         x = state[:, :d].reshape(-1, *dims).to(x1.dtype)
         rows = basis if exact else _eps.movedim(1, 0)  # probes follow their samples
-        v_t, div_t = _divergence(v, t, x, rows, differentiable, cond)
-        div_t = div_t.sum(1, keepdim=True) if exact else div_t
+        v_t, products = _divergence(v, t, x, rows, differentiable, cond)
+        div_t = products.sum(1, keepdim=True) if exact else products
         return torch.cat([v_t.reshape(len(x), d).to(state.dtype), -div_t], 1)
 
     def norm(error):
@@ -820,8 +799,8 @@ def _vjps(v_t, x, rows, create_graph, again):
     """rows^T dv/dx, (P, B, *dims), in one reverse pass, or row by row; 0 where v ignores x."""
     if not v_t.requires_grad:
         return torch.zeros_like(rows)
-    options = dict(retain_graph=create_graph or again, create_graph=create_graph)
-    options |= dict(materialize_grads=True)
+    options = {"retain_graph": again or create_graph, "create_graph": create_graph}
+    options["materialize_grads"] = True
     if len(rows) > 1:
         try:
             return torch.autograd.grad(v_t, x, rows, is_grads_batched=True, **options)[0]
@@ -909,7 +888,6 @@ class Attention(nn.Module):
     def __init__(self, c, head_channels):
         super().__init__()
         self.heads = max(1, c // head_channels)
-        _require(c % self.heads == 0, f"head_channels must divide {c}", head_channels)
         self.norm = GroupNorm(c)
         self.qkv = nn.Linear(c, 3 * c)
         self.proj = zeroed(nn.Linear(c, c))
@@ -1057,8 +1035,13 @@ class UNet(nn.Module):
 
 
 def _require(condition, rule, *got):
+    """ValueError with the rule and what came instead, unless the condition holds."""
     if not condition:
-        raise ValueError(rule + "".join(f"; got {_describe(value)}" for value in got))
+        raise ValueError(rule + "".join(f"; got {_describe(x)}" for x in got))
+
+
+def _describe(x):
+    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
 
 
 def _any(mask):
@@ -1069,10 +1052,6 @@ def _any(mask):
 def _first(mask):
     """The first row of mask (B, ...) with a True."""
     return mask.reshape(len(mask), -1).any(1).int().argmax().item()
-
-
-def _describe(x):
-    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
 
 
 def _at_least_float32(dtype):
@@ -1101,8 +1080,7 @@ def _derivative(f, t):
 
 def _check_batch(name, x, wait=True):
     fits = isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 0 and x.numel() > 0
-    rule = f"{name} must be a floating point tensor of shape (B, *dims) with B >= 1"
-    _require(fits, rule, x)
+    _require(fits, f"{name} must be floating point (B, *dims) with B >= 1", x)
     bad = ~x.isfinite()
     if bad.any() if wait else _any(bad):
         raise ValueError(f"{name} must be finite; {bad.sum()} of its {x.numel()} entries are not")
@@ -1123,9 +1101,9 @@ def _check_path(path, kind):
 
 
 def _check_shape(v_t, x):
-    if not isinstance(v_t, Tensor) or v_t.shape != x.shape:
-        rule = f"v must return the shape of x, {tuple(x.shape)}"
-        raise ValueError(f"{rule}; got {getattr(v_t, 'shape', type(v_t).__name__)}")
+    shape = getattr(v_t, "shape", type(v_t).__name__)
+    if shape != x.shape:
+        raise ValueError(f"v must return the shape of x, {tuple(x.shape)}; got {shape}")
     return v_t
 
 
@@ -1139,93 +1117,87 @@ def _check_times(t, x, t_span):
     """t as (B,), inside the span."""
     t = _as_time(t, x)
     fits = t.shape in ((), (len(x),))
-    _require(fits, f"t must have shape () or ({len(x)},), as x has rows", tuple(t.shape))
+    _require(fits, f"t must have shape () or ({len(x)},), as x has rows", t)
     if _any(~((t >= t_span[0]) & (t <= t_span[1]))):
         rule = f"t must lie in the path's t_span {tuple(t_span)}"
         raise ValueError(f"{rule}; got {t.min():.6g} to {t.max():.6g}")
     return t.expand(len(x))
 
 
-def _check_sigma(sigma_t, path):
-    if _any(sigma_t <= 0):
-        raise ValueError(f"sigma_t is 0 here on {path!r}: stay inside its t_span {path.t_span}")
-
-
 def _check_divisor(divisor, t, what, path):
     bad = (divisor == 0) | ~divisor.isfinite()
     if _any(bad):
-        where = f"t = {t.expand_as(bad)[bad][0]:.6g} of {path!r}"
-        raise ValueError(f"{what} at {where}; keep inside t_span {path.t_span}, or take VPPath()")
+        first = expand(t, bad).expand_as(bad)[bad][0]
+        raise ValueError(f"{what} at t = {first:.6g} of {path!r}: stay inside t_span {path.t_span}")
 
 
 def _whole_span(sigma_1):
     return (0.0, 1.0) if sigma_1 > 1e-6 else (0.0, 1 - 1e-5)
 
 
-def _end_values(schedule, name):
-    """schedule(0), schedule(1) as numbers; t without dimensions goes with weights on any device."""
-    values = [schedule(torch.tensor(t)) for t in (0.0, 1.0)]
-    fits = all(isinstance(value, Tensor) for value in values)
-    rule = f"{name} must be a torch function of t, such as lambda t: t or torch.ones_like"
-    _require(fits, rule, values[0])
-    return [value.detach().item() for value in values]
-
-
-def _check_ends(alpha_0, alpha_1, sigma_0, sigma_1):
-    rule = "sigma(0) must be > 0 and sigma(1) in [0, sigma(0)) unless check_ends=False"
-    _require(-1e-6 < sigma_1 < sigma_0 < math.inf, rule, sigma_0, sigma_1)
-    rule = "alpha(1) must be 1, or samples are a multiple of the data, unless check_ends=False"
-    _require(abs(alpha_1 - 1) < 0.01, rule, alpha_1)
-    _check_start(alpha_0, sigma_0, "let alpha(0) be 0")
+def _schedule_ends(alpha, sigma, check):
+    """alpha(0), sigma(0) and sigma(1) as numbers, checked."""
+    ends = []
+    for schedule in (alpha, sigma):
+        for t in (0.0, 1.0):  # without dimensions, so that it goes with weights on any device
+            value = schedule(torch.tensor(t))
+            rule = "alpha and sigma must be torch functions of t, as lambda t: t or torch.ones_like"
+            _require(isinstance(value, Tensor), rule, value)
+            ends.append(value.item())
+    alpha_0, alpha_1, sigma_0, sigma_1 = ends
+    if check:
+        rule = "sigma(0) must be > 0 and sigma(1) in [0, sigma(0)) unless check_ends=False"
+        _require(-1e-6 < sigma_1 < sigma_0 < math.inf, rule, sigma_0, sigma_1)
+        rule = "alpha(1) must be 1, or samples are a multiple of the data, unless check_ends=False"
+        _require(abs(alpha_1 - 1) < 0.01, rule, alpha_1)
+        _check_start(alpha_0, sigma_0, "let alpha(0) be 0")
+    return alpha_0, sigma_0, sigma_1
 
 
 def _check_start(alpha_0, sigma_0, way_out):
     rule = "alpha(0) / sigma(0) must be at most 0.1, as a solve starts from pure noise"
     way_out = f"{way_out}, or use AffinePath(alpha, sigma, check_ends=False)"
-    _require(abs(alpha_0) <= 0.1 * sigma_0, f"{rule}: {way_out}", alpha_0 / sigma_0)
+    _require(abs(alpha_0) <= 0.1 * sigma_0, f"{rule}: {way_out}", alpha_0, sigma_0)
 
 
-def _loss_arguments(path, x1, x0, noise, t, predict, reduction, cond):
+def _loss_arguments(path, x1, x0, noise, t, predict, weight, reduction, cond):
     """t (B,) and x0 (B, *dims) for cfm_loss; on a GPU no value is looked at."""
-    _check_path(path, ConditionalFlow)
+    _check_kinds(predict=predict)
+    _check_path(path, GaussianPath if predict == "score" else ConditionalFlow)
     _check_batch("x1", x1, wait=False)
     _check_cond(cond, x1)
-    _check_kinds(predict=predict)
-    fits = predict != "score" or hasattr(path, "moments")
-    _require(fits, "predict='score' needs a GaussianPath", path)
+    fits = weight in (None, "sigma^2") or callable(weight) or hasattr(path, weight)
+    rule = "weight must be None, 'sigma^2', 'beta' (on VPPath) or a function of t"
+    _require(fits, rule, weight, path)
     _require(reduction in ("mean", "none"), "reduction must be 'mean' or 'none'", reduction)
-    _require(
-        x0 is None or noise is None, "x0, your pairs, and noise, your draw, exclude each other"
-    )
+    _require(x0 is None or noise is None, "x0, your pairs, and noise, your draw, are alternatives")
     rule = f"x0 cannot be paired on {path!r}, whose psi_0(x0) is not x0; give noise, or use OTPath"
     _require(x0 is None or path.allows_pairs, rule)
     if t is None:  # Departure: t ~ U[t_span] in each row, but stratified: less variance
         t = path.sample_t(len(x1), x1.device, x1.dtype)
     t = _check_times(t, x1, path.t_span)
-    given = noise if x0 is None else x0
-    if given is None:
-        return t, torch.randn_like(x1)
-    name = "noise" if x0 is None else "x0"
-    _check_batch(name, given, wait=False)
-    _require(given.shape == x1.shape, f"{name} must have the shape of x1, {tuple(x1.shape)}", given)
-    return t, given
+    for given in (x0, noise):
+        if given is not None:
+            _check_batch("x0 or noise", given, wait=False)
+            _require(given.shape == x1.shape, "x0 or noise must have the shape of x1", given, x1)
+            return t, given
+    return t, torch.randn_like(x1)
 
 
 def _solver_times(t, dtype):
     """t as two or more Python numbers that rise or fall strictly in that dtype."""
-    grid = torch.atleast_1d(torch.as_tensor(t, dtype=dtype, device="cpu"))
-    fits = grid.ndim == 1 and len(grid) > 1 and grid.isfinite().all()
-    fits = fits and grid.diff().sign().unique().tolist() in ([1], [-1])
-    rule = f"t must be two or more finite times, strictly rising or strictly falling in {dtype}"
-    _require(fits, rule, t)
-    return t.tolist() if isinstance(t, Tensor) else [float(time) for time in t]
+    times = t.tolist() if isinstance(t, Tensor) else [float(time) for time in t]
+    steps = torch.tensor(times, dtype=dtype).diff()
+    fits = len(times) > 1 and steps.isfinite().all() and ((steps > 0).all() or (steps < 0).all())
+    _require(fits, f"t must be two or more times, all rising or all falling in {dtype}", t)
+    return times
 
 
 def _check_solver(method, intervals, steps, rtol, atol, max_nfe):
     _require(method in METHODS, f"method must be one of {', '.join(METHODS)}", method)
     if method == "dopri5":
-        rule = f"steps = {steps} does not go with dopri5, which picks its own"
-        _require(steps is None, f"{rule}; set rtol and atol, or method='rk4'")
+        rule = "dopri5 picks its own steps; set rtol and atol, or method='rk4'"
+        _require(steps is None, rule, steps)
         given = [value for value in (rtol, atol) if value is not None]
         fits = all(0 <= value < math.inf for value in given) and given != [0, 0]
         _require(fits, "rtol and atol must be >= 0, finite, and not both 0", rtol, atol)
@@ -1233,8 +1205,9 @@ def _check_solver(method, intervals, steps, rtol, atol, max_nfe):
         fits = rtol is None and atol is None and max_nfe is None
         _require(fits, f"rtol, atol and max_nfe are for dopri5; {method} takes steps alone")
         fits = isinstance(steps, int) and steps >= intervals
-        rule = f"{method} needs steps, a whole number, at least one for each of the {intervals}"
-        _require(fits, f"{rule} intervals", steps)
+        _require(
+            fits, f"{method} needs steps, at least one for each of {intervals} intervals", steps
+        )
 
 
 def _warn_of_dropout(v):
