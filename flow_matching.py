@@ -468,7 +468,7 @@ def odeint(v, x, t=(0.0, 1.0), method="dopri5", steps=None, rtol=None, atol=None
     norm, (B, *dims) -> (B,) (RMS if None), in at most max_nfe calls (10,000 if None). cond: tensors
     of B rows for v. Differentiable: sample under torch.no_grad(). ValueError for bad arguments,
     SolverError when a step underflows, v is not finite or max_nfe is spent. A step waits for a GPU
-    once, and once more where it is rejected or a sample arrives.
+    once, and once more where a sample arrives.
     """
     _check_batch("x", x)
     _check_cond(cond, x)
@@ -659,21 +659,22 @@ def _dopri5(f, x, times, rtol, atol, max_nfe, norm, cond):
         with torch.no_grad():
             step = t_new - t
             error = norm(error / (atol + rtol * torch.maximum(x.abs(), x_new.abs())))
-            accepted = (error <= 1) & (step != 0)  # False also where error is NaN
+            accepted = error <= 1  # False also where error is NaN
             growth = (0.9 * torch.exp(-0.2 * torch.log(error))).clamp(0.2, 3).nan_to_num(0.2)
             h_next = step * growth
             arrived = accepted & reaches
-            flags = torch.stack([accepted.all(), arrived.any()])
-        all_accepted, any_arrived = flags.tolist()  # the one wait for a GPU
+            t_next = torch.where(accepted, t_new, t)
+            stuck = (torch.add(t_next, h_next, alpha=0.1) == t_next) & ~arrived
+            flags = torch.stack([accepted.all(), arrived.any(), stuck.any()])
+        all_accepted, any_arrived, any_stuck = flags.tolist()  # the one wait for a GPU
+        if any_stuck:
+            why = "v is singular or not finite near here, or rtol and atol are too tight"
+            fail(stuck, f"the step is below the resolution of t in {t.dtype}; {why}")
+        t = t_next
         if all_accepted:
-            t, x, k = t_new, x_new, k_new
+            x = x_new
+            k = k_new
         else:
-            resolution = 10 * torch.finfo(x.dtype).eps * (t_new.abs() + grid.abs().max() / 1000)
-            stuck = ~accepted & (step.abs() <= resolution)
-            if stuck.any():
-                why = "v is singular or not finite near here, or rtol and atol are too tight"
-                fail(stuck, f"the step is below the resolution of t in {t.dtype}; {why}")
-            t = torch.where(accepted, t_new, t)
             x = torch.where(_as_column(accepted, x), x_new, x)
             k = torch.where(_as_column(accepted, x), k_new, k)
             rejected[active] += ~accepted
