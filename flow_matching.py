@@ -341,8 +341,8 @@ def ot_coupling(x0, x1) -> Tensor:
     from scipy.optimize import linear_sum_assignment
 
     _require(x0.shape == x1.shape, "x0 and x1 must have one shape", x0, x1)
-    rows, columns = (x.detach().flatten(1).cpu().double() for x in (x1, x0))
-    _, assigned = linear_sum_assignment((torch.cdist(rows, columns) ** 2).numpy())
+    rows, columns = (x.detach().flatten(1).to(_at_least_float32(x.dtype)) for x in (x1, x0))
+    _, assigned = linear_sum_assignment((torch.cdist(rows, columns) ** 2).cpu().numpy())
     return torch.as_tensor(assigned, device=x0.device)
 
 
