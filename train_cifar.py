@@ -39,10 +39,7 @@ SETTINGS = [
     (dict(out="runs/cifar", recipe="modern"), "a run's folder, new or to resume; whose defaults"),
     (dict(sample=0, bpd=0), "N samples to write, not to train; N held-out images to evaluate"),
     (dict(device="", eval_batch=64), "cuda, mps or cpu; images at a time in --sample and --bpd"),
-    (
-        dict(data="cifar10", test=""),
-        "cifar10, kept in ./data, or a folder of images; held-out ones",
-    ),
+    (dict(data="cifar10", test=""), "cifar10, in ./data, or a folder; held-out images likewise"),
     (dict(size=32, flip=True), "pixels of the central squares; mirror half of them in training"),
     (dict(conditional=False), "learn labels: CIFAR-10's, or the names of the folder's subfolders"),
     (dict(superres=1), "N: learn images given themselves at 1/N of their size, Section 6.4"),
