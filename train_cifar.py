@@ -33,8 +33,8 @@ from torchvision.utils import save_image
 import flow_matching as fm
 from flow_matching import OBJECTIVES, PATHS, UNet, bits_per_dim, cfm_loss, odeint, ot_coupling
 
-# Flags, their defaults and meanings. Departure: --recipe modern, whose defaults these are, is that
-# of Tong et al. (2024), smaller and better than Table 3's, --recipe paper.
+# Rows of flags with their defaults; what each is, between semicolons. Departure: the defaults are
+# the recipe of Tong et al. (2024), smaller and better than that of Table 3, --recipe paper.
 SETTINGS = [
     (dict(out="runs/cifar", recipe="modern"), "a run's folder, new or to resume; whose defaults"),
     (dict(sample=0, bpd=0), "N samples to write, not to train; N held-out images to evaluate"),
@@ -47,14 +47,14 @@ SETTINGS = [
     (dict(coupling="independent"), "ot: pair noise and images in minibatches, by SciPy"),
     (dict(channels=128, channel_mult="1,2,2,2"), "width of the UNet; its factor at each level"),
     (dict(num_res_blocks=2, dropout=0.1), "residual blocks at each level; dropout in them"),
-    (dict(attention_resolutions="16", head_channels=64), "pixels of a side; width of a head"),
-    (dict(init="", seed=0), "weights of a checkpoint.pt, or torchcfm's as adm:FILE; of all else"),
+    (dict(attention_resolutions="16", head_channels=64), "image sizes with it; width of a head"),
+    (dict(init="", seed=0), "start from a checkpoint.pt, or torchcfm's as adm:FILE; of all draws"),
     (dict(batch=128, accumulate=1), "images a step, on all ranks; pieces of it, to save memory"),
-    (dict(steps=400_000, lr=2e-4), "of Adam; its learning rate"),
+    (dict(steps=400_000, lr=2e-4), "of training, by Adam; its learning rate"),
     (dict(warmup=5000, decay="none"), "steps to reach --lr; the way from there down to 1e-8"),
-    (dict(clip=1.0, ema=0.9999), "largest norm of the gradient or 0; decay of the average or 0"),
+    (dict(clip=1.0, ema=0.9999), "largest norm of the gradient, 0: any; decay of the average"),
     (dict(precision="fp32", compile=False), "bf16: autocast; the network, by torch.compile"),
-    (dict(log_every=100, save_every=1000, preview_every=5000), "steps; steps; steps: a picture"),
+    (dict(log_every=100, save_every=1000, preview_every=5000), "steps; steps; steps to a picture"),
     (dict(solver="dopri5:1e-5"), "dopri5:TOLERANCE, or euler, midpoint or rk4:NFE, network calls"),
     (dict(guidance=1.0), "w: v_none + w (v_label - v_none), two network calls in one of these"),
     (dict(K=1, probes=1), "draws of the dequantisation, Eq. (47); of Eq. (34), 0: exact trace"),
