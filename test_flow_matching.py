@@ -2005,20 +2005,22 @@ def test_gradient_is_that_of_the_objectives_loss():
 
 
 @cases("clip", [0, 1e-3])
-def test_the_gradient_is_clipped(cifar, monkeypatch, clip):
+def test_the_gradient_is_clipped_and_every_step_has_its_own_rate_and_dropout(
+    cifar, monkeypatch, clip
+):
     seen = []
     step = torch.optim.Adam.step
 
     def watch(self):
         (group,) = self.param_groups
         norm = torch.cat([p.grad.flatten() for p in group["params"]]).norm()
-        seen.append((group["lr"], norm.item()))
+        seen.append((group["lr"], norm.item(), torch.initial_seed()))
         step(self)
 
     monkeypatch.setattr(torch.optim.Adam, "step", watch)
     _, text = cifar(f"--steps 2 --clip {clip}")
-    rates, norms = zip(*seen)
-    assert rates == pytest.approx([5e-4, 1e-3], rel=1e-4)
+    rates, norms, seeds = zip(*seen)
+    assert rates == pytest.approx([5e-4, 1e-3], rel=1e-4) and seeds[0] != seeds[1]
     free = logged(text)[0]["grad_norm"]
     assert free > 0.01 and sum(norms) / 2 == pytest.approx(clip or free, rel=1e-2)
 
