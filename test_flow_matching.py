@@ -2005,9 +2005,7 @@ def test_gradient_is_that_of_the_objectives_loss():
 
 
 @cases("clip", [0, 1e-3])
-def test_the_gradient_is_clipped_and_every_step_has_its_own_rate_and_dropout(
-    cifar, monkeypatch, clip
-):
+def test_each_step_clips_the_gradient_and_draws_its_dropout(cifar, monkeypatch, clip):
     seen = []
     step = torch.optim.Adam.step
 
