@@ -1786,7 +1786,7 @@ def test_train_toy_refuses_bad_command_lines(line, capsys, monkeypatch, tmp_path
 
 NET = "--channels 12 --channel-mult 1,1 --head-channels 12 --num-res-blocks 1 --batch 8"
 TINY = f"--size 8 {NET} --attention-resolutions 4 --warmup 2 --lr 1e-3 --solver euler:2"
-TINY += " --log-every 2 --save-every 3 --preview-every 100"
+TINY += " --steps 1 --log-every 2 --save-every 3 --preview-every 100"
 
 
 def paint(folder, n, start=0):
