@@ -7,35 +7,13 @@
     python train_cifar.py --sample 50000                  numbered PNG files, averaged weights
     python train_cifar.py --bpd 1000                      bits per dimension, held-out images
 
---data, --test     cifar10 (kept in ./data) or folders of images: central squares of --size pixels
---conditional      learns labels: CIFAR-10's, or the names of the folder's subfolders
---superres N       learns images given themselves at 1/N of their size, Section 6.4
---flip             mirrors half of the training images
---path, --late     Section 4.1; share of the times that are drawn near the data
---objective        row of Table 1; --coupling ot pairs noise and images in minibatches, by SciPy
---channels         of the UNet, times --channel-mult at each level of --num-res-blocks, --dropout
---attention-resolutions   the image sizes in pixels that have it, in heads of --head-channels
---init             weights of a checkpoint.pt, or of torchcfm as adm:FILE; --seed: of all else
---batch            images a step on all ranks together, in --accumulate pieces to save memory
---warmup, --decay  steps to reach --lr; none, linear or cosine from there down to 1e-8
---clip, --ema      largest norm of the gradient, 0: any; decay of averaged weights, 0: no average
---precision        bf16: autocast; --compile: the network, by torch.compile
---log-every        steps; --save-every, --preview-every: of the checkpoint, of a picture of samples
---solver           dopri5:TOLERANCE, or euler, midpoint or rk4:NFE, the network calls
---guidance w       v_none + w (v_label - v_none), two network calls in one of the solver's
---K, --probes      draws of the dequantisation, Eq. (47); Hutchinson's, Eq. (34), 0: exact trace
---eval-batch       images at a time in --sample and --bpd, on each rank
-
-Computed, not measured: at 40 % of an A100's peak (312 TFLOP/s bf16, 156 TF32), and 3 forward passes
-(11.4 GFLOP; paper 45.7) an image, --recipe modern takes 4 h in bf16 (3,640 images/s) or 8 h in TF32
-(1,820), --recipe paper 31 h (910) or 61 h (455).
+Computed for an A100 at 40 % of its peak, 3 forward passes an image, not measured: --recipe modern
+4 h in bf16 (3,640 images/s), 8 h in TF32 (1,820); --recipe paper 31 h (910), 61 h (455).
 """
 
 import argparse
 import contextlib
-import copy
 import hashlib
-import json
 import math
 import os
 import signal
@@ -45,13 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageOps
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.utils import save_image
@@ -59,30 +33,45 @@ from torchvision.utils import save_image
 import flow_matching as fm
 from flow_matching import OBJECTIVES, PATHS, UNet, bits_per_dim, cfm_loss, odeint, ot_coupling
 
-DATA = dict(data="cifar10", test="", size=32, conditional=False, superres=1, flip=True)
-METHOD = dict(path="ot", objective="velocity", coupling="independent", late=0.0)
-NETWORK = dict(channels=128, channel_mult=(1, 2, 2, 2), num_res_blocks=2, head_channels=64)
-NETWORK |= dict(attention_resolutions=(16,), dropout=0.1)
-TRAINING = dict(batch=128, accumulate=1, steps=400_000, lr=2e-4, warmup=5000, decay="none")
-TRAINING |= dict(clip=1.0, ema=0.9999, precision="fp32", compile=False, init="", seed=0)
-EVERY = dict(log_every=100, save_every=1000, preview_every=5000)  # steps
-EVALUATION = dict(solver="dopri5:1e-5", guidance=1.0, K=1, probes=1, eval_batch=64)
-MODERN = DATA | METHOD | NETWORK | TRAINING | EVERY | EVALUATION
-# Departure: MODERN is the recipe of Tong et al. (2024), smaller and better. This is Table 3:
-PAPER = dict(channels=256, dropout=0.0, lr=5e-4, warmup=45_000, decay="linear", batch=256)
-PAPER |= dict(steps=391_000, clip=0.0, ema=0.0, flip=False)
+# Rows of flags with their defaults; what each is, between semicolons. Departure: the defaults are
+# the recipe of Tong et al. (2024), smaller and better than that of Table 3, --recipe paper.
+SETTINGS = [
+    (dict(out="runs/cifar", recipe="modern"), "a run's folder, new or to resume; whose defaults"),
+    (dict(sample=0, bpd=0), "N samples to write, not to train; N held-out images to evaluate"),
+    (dict(device="", eval_batch=64), "cuda, mps or cpu; images at a time in --sample and --bpd"),
+    (dict(data="cifar10", test=""), "cifar10, in ./data, or a folder; held-out images likewise"),
+    (dict(size=32, flip=True), "pixels of the central squares; mirror half of them in training"),
+    (dict(conditional=False), "learn labels: CIFAR-10's, or the names of the folder's subfolders"),
+    (dict(superres=1), "N: learn images given themselves at 1/N of their size, Section 6.4"),
+    (dict(path="ot", objective="velocity"), "Section 4.1; row of Table 1"),
+    (dict(coupling="independent"), "ot: pair noise and images in minibatches, by SciPy"),
+    (dict(channels=128, channel_mult="1,2,2,2"), "width of the UNet; its factor at each level"),
+    (dict(num_res_blocks=2, dropout=0.1), "residual blocks at each level; dropout in them"),
+    (dict(attention_resolutions="16", head_channels=64), "image sizes with it; width of a head"),
+    (dict(init="", seed=0), "start from a checkpoint.pt, or torchcfm's as adm:FILE; of all draws"),
+    (dict(batch=128, accumulate=1), "images a step, on all ranks; pieces of it, to save memory"),
+    (dict(steps=400_000, lr=2e-4), "of training, by Adam; its learning rate"),
+    (dict(warmup=5000, decay="none"), "steps to reach --lr; the way from there down to 1e-8"),
+    (dict(clip=1.0, ema=0.9999), "largest norm of the gradient, 0: any; decay of the average"),
+    (dict(precision="fp32", compile=False), "bf16: autocast; the network, by torch.compile"),
+    (dict(log_every=100, save_every=1000, preview_every=5000), "steps; steps; steps to a picture"),
+    (dict(solver="dopri5:1e-5"), "dopri5:TOLERANCE, or euler, midpoint or rk4:NFE, network calls"),
+    (dict(guidance=1.0), "w: v_none + w (v_label - v_none), two network calls in one of these"),
+    (dict(K=1, probes=1), "draws of the dequantisation, Eq. (47); of Eq. (34), 0: exact trace"),
+]
+DEFAULTS = {name: default for row, _ in SETTINGS for name, default in row.items()}
+PROGRAM = {"out", "device", "sample", "bpd"}  # all others are kept in the checkpoint
+EVALUATION = {"solver", "guidance", "K", "probes", "eval_batch"}  # these and the next may change
+FREE = {"data", "test", "accumulate", "compile", "log_every", "save_every", "preview_every"}
+PAPER = "--channels 256 --dropout 0 --no-flip --batch 256 --steps 391000 --lr 5e-4 --warmup 45000"
+PAPER += " --decay linear --clip 0 --ema 0"
 # Departure: ten minutes on two CPU cores, in many small steps.
-LAPTOP = dict(size=28, channels=48, channel_mult=(1, 2, 2), num_res_blocks=1, dropout=0.0)
-LAPTOP |= dict(attention_resolutions=(7,), batch=8, steps=3000, lr=1e-3, warmup=150, flip=False)
-LAPTOP |= dict(decay="linear", ema=0.995, solver="midpoint:20", preview_every=1000)
-
-
-def whole_numbers(text):
-    return tuple(map(int, text.split(",")))
-
-
-def folder(text):
-    return text if text in ("", "cifar10") else os.path.abspath(text)
+LAPTOP = "--size 28 --channels 48 --channel-mult 1,2,2 --num-res-blocks 1 --attention-resolutions 7"
+LAPTOP += " --dropout 0 --no-flip --batch 8 --steps 3000 --lr 1e-3 --warmup 150 --decay linear"
+LAPTOP += " --ema 0.995 --solver midpoint:20 --preview-every 1000"
+RECIPES = {"modern": "", "paper": PAPER, "laptop": LAPTOP}
+CHOICES = dict(recipe=RECIPES, path=PATHS, objective=OBJECTIVES, precision=("fp32", "bf16"))
+CHOICES |= dict(coupling=("independent", "ot"), decay=("none", "linear", "cosine"))
 
 
 def solver(text):
@@ -90,60 +79,46 @@ def solver(text):
     method, value = text.split(":")
     if method == "dopri5":
         return {"method": method, "rtol": float(value), "atol": float(value)}
-    calls = {"euler": 1, "midpoint": 2, "rk4": 4}.get(method, math.inf)
-    if int(value) < calls:
-        raise ValueError(text)
-    return {"method": method, "steps": int(value) // calls}
+    return {"method": method, "steps": int(value) // {"midpoint": 2, "rk4": 4}.get(method, 1)}
 
 
-TYPES = {"channel_mult": whole_numbers, "attention_resolutions": whole_numbers, "solver": solver}
-TYPES |= {"data": folder, "test": folder}
-RECIPES = {"modern": MODERN, "paper": PAPER, "laptop": LAPTOP}
-CHOICES = {"path": PATHS, "objective": OBJECTIVES, "coupling": ("independent", "ot")}
-CHOICES |= {"decay": ("none", "linear", "cosine"), "precision": ("fp32", "bf16")}
-FREE = {*EVALUATION, *EVERY, "data", "test", "compile", "accumulate"}  # may change on resume
+def integers(text):
+    return tuple(map(int, text.split(",")))
 
 
-def fail(message):
-    """Ends the program with one line, from the first rank."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"train_cifar.py: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def resolve_args(argv=None):
+def resolve_args(argv):
     """Settings and checkpoint: the command line's come before the run's, before the recipe's."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("train_cifar.py", description=__doc__, formatter_class=raw)
-    parser.error = fail
-    flag = parser.add_argument
-    flag("--out", default="runs/cifar", help="folder of a run, new or to resume: runs/cifar")
-    flag("--recipe", default="modern", choices=RECIPES, help="whose defaults; shown: modern's")
-    flag("--device", choices=("cuda", "mps", "cpu"), help="the first that is there")
-    flag("--sample", default=0, type=int, metavar="N", help="write N samples instead")
-    flag("--bpd", default=0, type=int, metavar="N", help="evaluate N held-out images instead")
-    for name, default in MODERN.items():
-        how = {"type": TYPES.get(name, type(default)), "choices": CHOICES.get(name)}
-        if isinstance(default, bool):
-            how = {"action": argparse.BooleanOptionalAction}
-        flag("--" + name.replace("_", "-"), default=default, help=f"{default}", **how)
-    named = parser.parse_args(argv)
-    parser.set_defaults(classes=(), **RECIPES[named.recipe])
-    file = Path(named.out, "checkpoint.pt")
-    checkpoint = torch.load(file, "cpu", weights_only=True) if file.exists() else None
-    stored = checkpoint["config"] if checkpoint else {}
-    free = set(FREE)
-    if named.sample or named.bpd:
+    usage = "%(prog)s [--flag value]..., see --help"
+    parser = argparse.ArgumentParser("train_cifar.py", usage, __doc__, formatter_class=raw)
+    types = {"channel_mult": integers, "attention_resolutions": integers, "solver": solver}
+    for row, texts in SETTINGS:
+        for (name, default), text in zip(row.items(), texts.split("; ")):
+            how = {"type": types.get(name, type(default)), "choices": CHOICES.get(name)}
+            if isinstance(default, bool):
+                how = {"action": argparse.BooleanOptionalAction}
+            flag = "--" + name.replace("_", "-")
+            parser.add_argument(flag, default=default, help=f"{text} ({default})", **how)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    parser.set_defaults(classes=(), rank=int(os.environ.get("RANK", 0)), world=world)
+    args = parser.parse_args(argv)
+    file = Path(args.out, "checkpoint.pt")
+    if not file.exists():
+        return parser.parse_args(RECIPES[args.recipe].split() + argv), None
+    checkpoint = torch.load(file, "cpu", weights_only=True)
+    stored = checkpoint["config"]
+    fixed = [name for name in DEFAULTS if name not in PROGRAM | EVALUATION | FREE]
+    if args.sample or args.bpd:
         stored = {name: value for name, value in stored.items() if name not in EVALUATION}
-        free.add("seed")
-    elif stored.get("decay") == "none":
-        free.add("steps")
+        fixed.remove("seed")
+    elif stored["decay"] == "none":
+        fixed.remove("steps")
     parser.set_defaults(**stored)
     args = parser.parse_args(argv)
-    for name, value in stored.items():
-        if getattr(args, name) != value and name not in free:
-            flag = name.replace("_", "-")
-            fail(f"--{flag} is {value} in {args.out}: leave it out or name another --out")
+    for name in fixed:
+        if getattr(args, name) != stored[name]:
+            rule = f"--{name.replace('_', '-')} is {stored[name]} in {args.out}"
+            raise ValueError(f"{rule}: leave it out or name another --out")
     return args, checkpoint
 
 
@@ -152,28 +127,24 @@ def train(args, checkpoint):
     check_settings(args)
     images = load_images(args, "data")
     held_out = load_images(args, "test")
-    net = build(args, checkpoint)
-    average = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
+    net = build(args, checkpoint, "net")
+    average = build(args, checkpoint, "average").eval().requires_grad_(False)
+    optimizer = torch.optim.Adam(net.parameters(), fused=True)
     first = checkpoint["step"] if checkpoint else 0
     if checkpoint:
-        average.load_state_dict(checkpoint["average"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     if args.compile:
         net.compile()
-    devices = [args.device] if args.device.type == "cuda" else None
-    model = DistributedDataParallel(net, device_ids=devices) if args.world > 1 else net
+    model = torch.nn.parallel.DistributedDataParallel(net) if args.world > 1 else net
     print("  ".join(f"{name}={value}" for name, value in vars(args).items()))
     print(f"{len(images[0]):,} images, {args.world} ranks, from step {first}", flush=True)
     caught = []  # Ctrl-C and SIGTERM, for the loop to see after its step
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: caught.append(number))
     began = time.perf_counter()
-    step = first
-    recent = []  # loss and gradient norm of the steps since the last log line, on the device
-    stop = False
-    while step < args.steps and not stop:
-        torch.manual_seed(seeded("cpu", args.seed, "dropout", step, args.rank).initial_seed())
+    recent = []  # loss and gradient norm of the steps since the last report, on the device
+    for step in range(first, args.steps):
+        torch.manual_seed(digest(args.seed, "dropout", step, args.rank))
         loss = backward(args, model, get_batch(args, images, step))
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf)
         # Where this is 1 Adam leaves weights and moments alone; the host need not wait to know.
@@ -183,50 +154,52 @@ def train(args, checkpoint):
         optimizer.zero_grad()
         update_average(average, net, args.ema, step)
         recent.append(torch.stack([loss, norm]))
-        step += 1
-        stop = sum_over_ranks(args, torch.tensor(len(caught))) > 0 and step < args.steps
-        last = step == args.steps
-        if step % args.log_every == 0 or step % args.save_every == 0 or last or stop:
-            report(args, step, recent, (time.perf_counter() - began) / (step - first))
-        if step % args.save_every == 0 or last or stop:
-            save_checkpoint(args, step, net, average, optimizer)
-        if (step % args.preview_every == 0 or last) and args.rank == 0:
-            preview(args, velocity(args, average), held_out or images, step)
-    print(f"{'stopped' if stop else 'done'} and saved at step {step} in {args.out}")
-    return 128 + caught[0] if stop and caught else 0
+        done = step + 1
+        stop = sum_over_ranks(args, torch.tensor(len(caught))) > 0
+        save = done % args.save_every == 0 or done == args.steps or stop
+        if save or done % args.log_every == 0:
+            rate = args.batch * (done - first) / (time.perf_counter() - began)
+            report(args, done, recent, rate)
+        if save and args.rank == 0:
+            save_checkpoint(args, done, net, average, optimizer)
+        if args.rank == 0 and (done % args.preview_every == 0 or done == args.steps):
+            preview(args, velocity(args, average), held_out or images, done)
+        if stop:
+            print(f"stopped and saved at step {done} in {args.out}")
+            return 128 + max(caught, default=0)
+    print(f"done and saved in {args.out}")
 
 
 def check_settings(args):
     """Refuses what would be found out after hours, or train something else."""
     if args.batch % (args.world * args.accumulate):
-        fail(f"--batch {args.batch} must be a multiple of ranks x --accumulate")
+        raise ValueError(f"--batch {args.batch} must be a multiple of ranks x --accumulate")
     if args.data == "cifar10" and args.size != 32:
-        fail(f"--size {args.size} is not CIFAR-10's 32: give --data FOLDER")
+        raise ValueError(f"--size {args.size} is not CIFAR-10's 32: give --data FOLDER")
     if args.coupling == "ot" and (args.conditional or args.superres > 1):
-        fail("--coupling ot pairs across labels: leave out --conditional and --superres")
-    start = torch.full((1,), PATHS[args.path]().t_span[0])
-    velocity(args, lambda t, x: x)(start, start[:, None])  # says whether samples can be drawn
+        raise ValueError("--coupling ot pairs across labels, of --conditional and --superres")
+    zero = velocity(args, lambda t, x: 0 * x)  # says whether samples can be drawn, and by --solver
+    fm.sample(zero, PATHS[args.path](), (1, 1), **args.solver)
 
 
 def backward(args, model, batch):
     """Leaves the gradient of the mean loss in the weights, piece by piece; returns the loss, ()."""
     allow_tf32(True)
-    losses = []
+    total = 0
     for piece in range(args.accumulate):
         part = {name: x[piece :: args.accumulate] for name, x in batch.items()}
         with torch.autocast(args.device.type, torch.bfloat16, args.precision == "bf16"):
             loss = cfm_loss(model, PATHS[args.path](), **OBJECTIVES[args.objective], **part)
         (loss / args.accumulate).backward()
-        losses.append(loss.detach())
-    return torch.stack(losses).mean()
+        total += loss.detach()
+    return total / args.accumulate
 
 
 def get_batch(args, images, step):
     """This rank's share of a step's batch, a function of seed and step, as keywords of cfm_loss."""
     B = args.batch
-    n = len(images[0])
-    epoch, i = divmod(step, n // B)
-    order = torch.randperm(n, generator=seeded("cpu", args.seed, "epoch", epoch))
+    epoch, i = divmod(step, len(images[0]) // B)
+    order = torch.randperm(len(images[0]), generator=seeded("cpu", args.seed, "epoch", epoch))
     pixels, labels = fetch(args, images, order[i * B : (i + 1) * B])
     where = {"device": args.device, "generator": seeded(args.device, args.seed, "step", step)}
     if args.flip:
@@ -236,22 +209,12 @@ def get_batch(args, images, step):
     x1 = ((pixels + torch.rand(pixels.shape, **where)) / 128 - 1).permute(0, 3, 1, 2)
     unlabelled = torch.rand(B, **where) < 0.1  # a tenth learns v_none, for --guidance
     labels = labels.masked_fill(unlabelled, len(args.classes))
-    t = sample_times(args, B, where)
+    t = PATHS[args.path]().sample_t(B, **where)
     noise = torch.randn(x1.shape, **where)
-    pairs = {"x0": noise[ot_coupling(noise, x1)]} if args.coupling == "ot" else {"noise": noise}
-    batch = {"x1": x1, "t": t, **pairs, **conditions(args, pixels, labels)}
+    batch = {"x1": x1, "t": t, "noise": noise, **conditions(args, pixels, labels)}
+    if args.coupling == "ot":
+        batch["x0"] = batch.pop("noise")[ot_coupling(noise, x1)]
     return {name: x[args.rank :: args.world] for name, x in batch.items()}
-
-
-def sample_times(args, n, where):
-    """n times (n,), uniform but for the share --late, whose 1 - t is log-uniform from 1 to 5e-4."""
-    path = PATHS[args.path]()
-    t = path.sample_t(n, **where)
-    if args.late:
-        fraction = t / path.t_span[1]
-        near = 1 - 5e-4 ** ((fraction - 1) / args.late + 1)
-        t = torch.where(fraction < 1 - args.late, fraction / (1 - args.late), near) * path.t_span[1]
-    return t
 
 
 def conditions(args, pixels, labels):
@@ -264,10 +227,13 @@ def conditions(args, pixels, labels):
     return given
 
 
+def digest(*key):
+    """A whole number of 64 bits that is a function of the key."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+
+
 def seeded(device, *key):
-    """A generator that is a function of the key."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
+    return torch.Generator(device).manual_seed(digest(*key))
 
 
 def learning_rate(args, step):
@@ -280,46 +246,41 @@ def learning_rate(args, step):
 
 def update_average(average, net, decay, step):
     """Moves the averaged weights towards net's: far at first, by 1 - decay in the end."""
-    move = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
+    move = torch.optim.swa_utils.get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
     move(list(average.parameters()), list(net.parameters()), None)
 
 
-def report(args, step, recent, pace):
-    """Ends a run that is not finite; at a log line prints and logs the means of recent steps."""
+def report(args, step, recent, rate):
+    """Prints means of the recent steps, or ends the program where one was not finite."""
     means = sum_over_ranks(args, torch.stack(recent)) / args.world
-    values = means.tolist()  # the only wait for the device
-    for i, (loss, norm) in enumerate(values, step - len(values)):
+    for i, (loss, norm) in enumerate(means.tolist(), step - len(recent)):  # the only wait
         if not math.isfinite(loss + norm):
             what = f"step {i}: loss {loss}, gradient norm {norm}, not taken"
-            fail(f"{what}. Lower --lr, with --init of the checkpoint in {args.out}, which stands")
-    if step % args.log_every == 0:
-        loss, norm = np.mean(values, 0)
-        line = {"step": step, "loss": loss, "grad_norm": norm, "lr": learning_rate(args, step - 1)}
-        line["images_per_second"] = args.batch / pace
-        print("  ".join(f"{name} {value:.6g}" for name, value in line.items()), flush=True)
-        if args.rank == 0:
-            with open(Path(args.out, "log.jsonl"), "a") as file:
-                file.write(json.dumps(line) + "\n")
-        recent.clear()
+            raise ValueError(f"{what}. Lower --lr, with --init of the checkpoint in {args.out}")
+    loss, norm = means.mean(0).tolist()
+    line = f"step {step}  loss {loss:.6g}  grad_norm {norm:.6g}"
+    print(f"{line}  lr {learning_rate(args, step - 1):.6g}  images/s {rate:.4g}", flush=True)
+    recent.clear()
 
 
 def allow_tf32(allowed):
     """For training: likelihoods, and dopri5 at tight tolerances, would see its rounding."""
     torch.set_float32_matmul_precision("high" if allowed else "highest")
-    torch.backends.cudnn.allow_tf32 = allowed
-    torch.backends.cudnn.benchmark = allowed
+    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = allowed
 
 
 # ---- Network and checkpoint ----
-def build(args, checkpoint):
-    """The network of the checkpoint, else a new one with weights from --init or --seed."""
-    torch.manual_seed(args.seed)
-    config = {name: getattr(args, name) for name in NETWORK} | {"image_size": args.size}
-    config |= {"num_classes": len(args.classes) or None, "cond_channels": 3 * (args.superres > 1)}
+def build(args, checkpoint, weights):
+    """The checkpoint's network with its weights "net" or "average", else a new one."""
     if checkpoint:
         net = UNet(**checkpoint["network"])
-        net.load_state_dict(checkpoint["net"])
-    elif not args.init:
+        net.load_state_dict(checkpoint[weights])
+        return net.to(args.device)
+    names = "channels channel_mult num_res_blocks attention_resolutions head_channels dropout"
+    config = {name: getattr(args, name) for name in names.split()} | {"image_size": args.size}
+    config |= {"num_classes": len(args.classes) or None, "cond_channels": 3 * (args.superres > 1)}
+    torch.manual_seed(args.seed)
+    if not args.init:
         net = UNet(**config)
     elif args.init.startswith("adm:"):
         net = UNet.from_adm(torch.load(args.init[4:], "cpu", weights_only=True), **config)
@@ -338,9 +299,8 @@ def velocity(args, net):
 def load(out, device="cpu"):
     """v, path: the averaged field of a run, on pixels / 128 - 1, in eval mode; v.net: its UNet."""
     checkpoint = torch.load(Path(out, "checkpoint.pt"), "cpu", weights_only=True)
-    args = argparse.Namespace(**checkpoint["config"])
-    net = UNet(**checkpoint["network"]).to(device).eval().requires_grad_(False)
-    net.load_state_dict(checkpoint["average"])
+    args = argparse.Namespace(**checkpoint["config"], device=device)
+    net = build(args, checkpoint, "average").eval().requires_grad_(False)
     v = velocity(args, net)
     v.net = net
     return v, PATHS[args.path]()
@@ -349,75 +309,71 @@ def load(out, device="cpu"):
 @contextlib.contextmanager
 def replacing(file):
     """A file to write, which takes the place of `file` once it is complete and on disk."""
-    part = file.with_name(file.name + ".part")
-    try:
-        with open(part, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+    with open(f"{file}.part", "wb") as part:
+        yield part
+        part.flush()
+        os.fsync(part.fileno())
+    os.replace(part.name, file)
 
 
 def save_checkpoint(args, step, net, average, optimizer):
     """Rate, data order and random numbers are functions of the settings and the step."""
-    config = {name: getattr(args, name) for name in (*MODERN, "recipe", "classes")}
+    config = {name: getattr(args, name) for name in (*DEFAULTS, "classes") if name not in PROGRAM}
     state = {"step": step, "config": config, "network": net.config, "net": net.state_dict()}
     state |= {"average": average.state_dict(), "optimizer": optimizer.state_dict()}
-    if args.rank == 0:
-        with replacing(Path(args.out, "checkpoint.pt")) as file:
-            torch.save(state, file)
+    with replacing(Path(args.out, "checkpoint.pt")) as file:
+        torch.save(state, file)
 
 
 # ---- Data ----
 def load_images(args, split):
     """Pixels (N, S, S, 3) uint8 and labels (N,) of "data" or "test", which may be None."""
-    source = getattr(args, split) or args.data == "cifar10" and "cifar10"
+    source = getattr(args, split)
+    if source == "cifar10" or args.data == "cifar10" and not source:
+        return load_cifar10(args, split)
     if not source:
         return None
-    if source == "cifar10":
-        try:
-            if args.rank == 0:
-                CIFAR10("data", download=True)
-        except (OSError, RuntimeError) as error:
-            fail(f"{error}: put cifar-10-python.tar.gz into ./data or name a --data FOLDER")
-        sum_over_ranks(args, torch.zeros(()))  # the others wait
-        cifar = CIFAR10("data", train=split == "data")
-        if args.conditional:
-            args.classes = cifar.classes
-        return torch.from_numpy(cifar.data), torch.tensor(cifar.targets)
     if args.conditional and not args.classes:
         args.classes = find_classes(source)[0]
     classes = {name: i for i, name in enumerate(args.classes or [""])}
-    files = make_dataset(source, classes, IMG_EXTENSIONS, allow_empty=True)
+    files = make_dataset(os.path.realpath(source), classes, IMG_EXTENSIONS, allow_empty=True)
     if len(files) < (args.batch if split == "data" else 1):
-        fail(f"--{split} {source} has {len(files)} images, less than a --batch: name another")
-    key = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file, _ in files]
-    key = hashlib.sha256(repr((args.size, key)).encode()).hexdigest()[:16]
-    cache = Path(args.out, f"{split}-{key}.npy")  # of another name when the folder changes
-    names, labels = zip(*files, strict=True)
+        raise ValueError(f"--{split} {source} has {len(files)} images, less than a --batch")
+    names, labels = zip(*files)
+    key = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in names]
+    cache = Path(args.out, f"{split}-{digest(args.size, key):x}.uint8")  # all ranks map it
     if args.rank == 0 and not cache.exists():
-        print(f"reading {len(files)} images", flush=True)
+        print(f"reading {len(names)} images", flush=True)
         with replacing(cache) as file, ThreadPoolExecutor() as pool:
-            shape = (len(files), args.size, args.size, 3)
-            pixels = np.lib.format.open_memmap(file.name, "w+", np.uint8, shape)
-            for i, square in enumerate(pool.map(read_square, names, [args.size] * len(files))):
-                pixels[i] = square
-    sum_over_ranks(args, torch.zeros(()))
-    return torch.from_numpy(np.load(cache, mmap_mode="c")), torch.tensor(labels)  # all ranks map it
+            file.writelines(pool.map(read_square, names, [args.size] * len(names)))
+    sum_over_ranks(args, torch.zeros(()))  # the others wait
+    shape = (len(names), args.size, args.size, 3)
+    pixels = torch.from_file(str(cache), size=math.prod(shape), dtype=torch.uint8)
+    return pixels.view(shape), torch.tensor(labels)
+
+
+def load_cifar10(args, split):
+    try:
+        if args.rank == 0:
+            CIFAR10("data", download=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{error}: put cifar-10-python.tar.gz into ./data") from None
+    sum_over_ranks(args, torch.zeros(()))  # the others wait
+    cifar = CIFAR10("data", train=split == "data")
+    if args.conditional:
+        args.classes = cifar.classes
+    return torch.from_numpy(cifar.data), torch.tensor(cifar.targets)
 
 
 def read_square(file, size):
-    """The central square of an image on white, box-averaged, (size, size, 3) uint8."""
+    """The central square of an image on white, box-averaged to size x size RGB bytes."""
     try:
         with Image.open(file) as image:
             image = ImageOps.exif_transpose(image).convert("RGBA")
     except (OSError, SyntaxError, ValueError) as error:
-        fail(f"{file} cannot be read as an image: {error}")
-    white = Image.new("RGBA", image.size, "white")
-    image = Image.alpha_composite(white, image).convert("RGB")
-    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BOX))
+        raise ValueError(f"{file} cannot be read as an image: {error}") from None
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return ImageOps.fit(image, (size, size), Image.Resampling.BOX).tobytes()
 
 
 def fetch(args, images, index):
@@ -429,16 +385,14 @@ def fetch(args, images, index):
 
 # ---- Sampling and evaluation ----
 @torch.no_grad()
-def generate(args, v, numbers, labels, truth=None):
-    """Samples (B, S, S, 3) uint8, each a function of (--seed, its number), and NFE (B,).
-
-    With --superres (B, S, 3 S, 3): low resolution, sample and truth side by side.
-    """
+def generate(args, v, images, numbers, labels):
+    """Samples (B, S, S, 3) uint8, if --superres between low resolution and truth, and NFE (B,)."""
     allow_tf32(False)
     path = PATHS[args.path]()
     size = (3, args.size, args.size)
     sources = [seeded(args.device, args.seed, "sample", n) for n in numbers.tolist()]
     x0 = torch.stack([path.sample_source(size, args.device, generator=g) for g in sources])
+    truth = fetch(args, images, numbers % len(images[0]))[0] if args.superres > 1 else None
     given = conditions(args, truth, labels.to(args.device))
     field = v if args.guidance == 1 else fm.classifier_free_guidance(v, args.guidance)
     solution = odeint(field, x0, path.t_span, **args.solver, **given)
@@ -456,32 +410,35 @@ def to_pixels(x):
 def preview(args, v, images, step):
     """samples/step_N.png: eight samples a row, a row a class."""
     numbers = torch.arange(8 * min(10, len(args.classes) or 8))
-    truth, _ = fetch(args, images, numbers % len(images[0]))
-    pixels, _ = generate(args, v, numbers, numbers // 8, truth)
-    file = Path(args.out, "samples", f"step_{step}.png")
-    file.parent.mkdir(exist_ok=True)
-    save_image(pixels.permute(0, 3, 1, 2) / 255, file, nrow=8)
+    pixels, _ = generate(args, v, images, numbers, numbers // 8)
+    save_image(pixels.permute(0, 3, 1, 2) / 255, f"{args.out}/samples/step_{step}.png", nrow=8)
+
+
+def evaluate(args, checkpoint):
+    """--sample and --bpd with the averaged weights of the checkpoint, or with those of --init."""
+    if not (checkpoint or args.init):
+        raise ValueError(f"{args.out} has no checkpoint.pt: train first or give --init")
+    images = load_images(args, "test")
+    if images is None and (args.bpd or args.superres > 1):
+        raise ValueError("--test FOLDER must give the held-out images for this")
+    v = velocity(args, build(args, checkpoint, "average").eval().requires_grad_(False))
+    source = f"step{checkpoint['step']}" if checkpoint else f"init_{Path(args.init).stem}"
+    if args.sample:
+        write_samples(args, v, images, source)
+    if args.bpd:
+        print_bpd(args, v, images, source)
 
 
 def write_samples(args, v, images, source):
-    """PNG files of samples 0 to N - 1; those that are there already are kept."""
+    """PNG files of samples 0 to N - 1."""
     how = "_".join(str(value) for value in args.solver.values())
     folder = Path(args.out, "samples", f"{source}_{how}_guidance{args.guidance:g}_seed{args.seed}")
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers = range(args.rank, args.sample, args.world)
-    numbers = [n for n in numbers if not (folder / f"{n:06d}.png").exists()]
-    psnr = []
-    for chunk in torch.tensor(numbers, dtype=torch.int64).split(args.eval_batch):
-        truth = fetch(args, images, chunk % len(images[0]))[0] if args.superres > 1 else None
-        pixels, nfe = generate(args, v, chunk, chunk % max(1, len(args.classes)), truth)
-        for n, picture in zip(chunk.tolist(), pixels, strict=True):
-            with replacing(folder / f"{n:06d}.png") as file:
-                Image.fromarray(picture.numpy()).save(file, "png")
+    folder.mkdir(exist_ok=True)
+    for numbers in torch.arange(args.sample).split(args.eval_batch)[args.rank :: args.world]:
+        pixels, nfe = generate(args, v, images, numbers, numbers % max(1, len(args.classes)))
+        for n, picture in zip(numbers.tolist(), pixels):
+            Image.fromarray(picture.numpy()).save(folder / f"{n:06d}.png")
         print(f"{n + 1} of {args.sample} in {folder}, NFE {nfe.float().mean():.1f}", flush=True)
-        if args.superres > 1:
-            _, sample, truth = pixels.float().split(args.size, 2)
-            psnr += (10 * (255**2 / (sample - truth).square().mean((1, 2, 3))).log10()).tolist()
-            print(f"PSNR {sum(psnr) / len(psnr):.2f} dB against the held-out truth")
 
 
 def print_bpd(args, v, images, source):
@@ -489,14 +446,15 @@ def print_bpd(args, v, images, source):
     allow_tf32(False)
     N = min(args.bpd, len(images[0]))
     totals = torch.zeros(2, N)  # bits per dimension and calls
-    how = {"divergence": "hutchinson" if args.probes else "exact"}
-    how |= {"probes": max(1, args.probes), **args.solver}
+    how = {"divergence": "exact", **args.solver}
+    if args.probes:
+        how |= {"divergence": "hutchinson", "probes": args.probes}
     for index in torch.arange(N).split(args.eval_batch)[args.rank :: args.world]:
         pixels, labels = fetch(args, images, index * len(images[0]) // N)  # folders go by class
-        torch.manual_seed(seeded("cpu", args.seed, "bpd", index[0].item()).initial_seed())
+        torch.manual_seed(digest(args.seed, "bpd", index[0].item()))
         given = conditions(args, pixels, labels)
-        pixels = pixels.permute(0, 3, 1, 2)
-        result = bits_per_dim(v, pixels, PATHS[args.path](), args.K, **how, **given)
+        x = pixels.permute(0, 3, 1, 2)
+        result = bits_per_dim(v, x, PATHS[args.path](), args.K, **how, **given)
         totals[:, index] = torch.stack([result.bpd, result.nfe / args.K]).cpu()
     bpd, nfe = sum_over_ranks(args, totals)
     error = bpd.std() / N**0.5
@@ -506,73 +464,37 @@ def print_bpd(args, v, images, source):
         print("biased low: K > 1 averages exponentials of Hutchinson's estimates")
 
 
-def evaluate(args, checkpoint):
-    """--sample and --bpd with the averaged weights of the checkpoint, or with those of --init."""
-    if not (checkpoint or args.init):
-        fail(f"{args.out} has no checkpoint.pt: train first or give --init")
-    images = load_images(args, "test")
-    if images is None and (args.bpd or args.superres > 1):
-        fail("--test FOLDER must give the held-out images for this")
-    net = build(args, checkpoint).eval().requires_grad_(False)
-    if checkpoint:
-        net.load_state_dict(checkpoint["average"])
-    v = velocity(args, net)
-    source = f"step{checkpoint['step']}" if checkpoint else f"init_{Path(args.init).stem}"
-    if args.sample:
-        write_samples(args, v, images, source)
-    if args.bpd:
-        print_bpd(args, v, images, source)
-    return 0
-
-
-# ---- Ranks ----
+# ---- The program, on each rank ----
 def sum_over_ranks(args, x):
     if args.world > 1:
-        dist.all_reduce(x)
+        torch.distributed.all_reduce(x)
     return x
 
 
-def start_device(args):
-    """Makes args.device this rank's, and joins the other ranks."""
-    args.rank = int(os.environ.get("RANK", 0))
-    args.world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.rank:
-        sys.stdout = open(os.devnull, "w")
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    kind = args.device or next((name for name in present if present[name]), "cpu")
-    args.device = torch.device(kind)
-    if kind == "cuda":
-        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
-            fail(f"{torch.cuda.device_count()} GPUs here: lower torchrun's --nproc_per_node")
-        args.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(args.device)
-    if args.world > 1:  # gloo carries what concerns the host, without a wait for the GPU
-        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        bound = args.device if kind == "cuda" else None
-        dist.init_process_group(backend, timeout=timedelta(hours=12), device_id=bound)
-
-
-def main(argv=None):
-    args, checkpoint = resolve_args(argv)
-    start_device(args)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    run = evaluate if args.sample or args.bpd else train
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def main(argv):
     try:
-        code = run(args, checkpoint)
-    except (ValueError, ImportError, FileNotFoundError, fm.SolverError) as error:
-        fail(error)
+        args, checkpoint = resolve_args(argv)
+        if args.rank:
+            sys.stdout = open(os.devnull, "w")
+        kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        args.device = torch.device(kind)
+        if kind == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if args.world > 1:  # gloo carries what concerns the host, without a wait for the GPU
+            backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+            torch.distributed.init_process_group(backend, timeout=timedelta(hours=12))
+        Path(args.out, "samples").mkdir(parents=True, exist_ok=True)
+        run = evaluate if args.sample or args.bpd else train
+        code = run(args, checkpoint) or 0
     except torch.cuda.OutOfMemoryError as error:
-        hint = "raise --accumulate or lower --batch, --eval-batch"  # by whichever rank it is
-        sys.exit(f"train_cifar.py: error: {error} {hint}; the last checkpoint in {args.out} stands")
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        sys.exit(f"{error} Raise --accumulate, or lower --batch or --eval-batch")
+    except (ValueError, ImportError, FileNotFoundError, fm.SolverError) as error:
+        sys.exit(f"train_cifar.py: error: {error}")
     if args.world > 1:
         sum_over_ranks(args, torch.zeros(()))  # nobody leaves before the others
-        dist.destroy_process_group()
+        torch.distributed.destroy_process_group()
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
