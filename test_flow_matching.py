@@ -1513,9 +1513,8 @@ def test_toy_figure_says_what_is_straight(toy_runs):
     assert rows["marginal, 2-D VP"][1] < 0.3 * bend
     for std in (1.0, 0.25):
         (line,) = re.findall(rf"^OT, std +{std} .*$", text, re.M)
-        for n, shown in zip((1, 2, 4, 8, 16, 32), numbers_in(line)[1:], strict=True):
-            factors = 1 + slope_of(np.arange(n) / n, std) / n  # of every step
-            assert abs(np.prod(factors) / std - shown) < 0.006
+        steps = [1 + slope_of(np.arange(n) / n, std) / n for n in (1, 2, 4, 8, 16, 32)]  # factors
+        assert_close(numbers_in(line)[1:], [np.prod(s) / std for s in steps], atol=0.006, rtol=0)
     (line,) = re.findall("^VP, std 0.25 .*$", text, re.M)
     assert numbers_in(line)[1:4] == [4.0, 3.19, 1.39]  # by quadrature elsewhere
 
@@ -1586,14 +1585,14 @@ def test_toy_numbers_of_an_exact_field():
 
 
 def test_toy_gap_and_excess_of_a_field_of_another_width():
-    _, r = measured(1.1)
-    ratio = 1 - 1 / 1.1**2
-    assert_close(r["gap"], 2 * math.log(1.1) - ratio, atol=4 * r["gap_se"], rtol=0)
+    _, r = measured(1.5)
+    ratio = 1 - 1 / 1.5**2
+    assert_close(r["gap"], 2 * math.log(1.5) - ratio, atol=4 * r["gap_se"], rtol=0)
     assert_close(r["gap_se"], ratio / math.sqrt(2000), rtol=0.1, atol=0)
     t = np.linspace(0, 1, 10_001)
-    error = (slope_of(t, 1.1) - slope_of(t, 1.0)) ** 2 * (t**2 + (1 - t) ** 2)
+    error = (slope_of(t, 1.5) - slope_of(t, 1.0)) ** 2 * (t**2 + (1 - t) ** 2)
     assert_close(r["excess"], error.mean(), rtol=0.04, atol=0)
-    assert_close(r["loss"] - r["floor"], error.mean(), rtol=0, atol=0.01)
+    assert_close(r["loss"] - r["floor"], error.mean(), rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("turn, overshoot", [(math.pi / 2, 0.0), (3 * math.pi / 2, 1.0)])
@@ -1639,8 +1638,7 @@ def test_toy_network_can_vary_over_sigma_t():
 def test_eq46_toy_networks_of_every_objective_learn_the_same_field(objective):
     excess = []
     for steps in (1, 300):
-        flags = f"--path vp --objective {objective} --data 8gaussians --batch 256 --steps {steps}"
-        args = toy(flags)
+        args = toy(f"--path vp --objective {objective} --data moons --batch 256 --steps {steps}")
         flow, x1, t = train_toy.train("vp", args), args.dataset.sample(2000), torch.rand(2000)
         x_t = VP.psi(t, torch.randn(2000, 2), x1)
         excess.append((flow.v(t, x_t) - args.dataset.field(VP, t, x_t)).square().mean())
@@ -1666,11 +1664,12 @@ def test_toy_data_densities_and_fields_are_exact(name):
     data = train_toy.make_data(name)
     x = data.sample(2000)
     assert abs(x.square().mean() - 1) < 0.1 and x.mean(0).abs().max() < 0.08
-    if name == "checkerboard":
-        assert_close(data.log_prob(x), torch.full((2000,), math.log(0.45**2 / 8)))
-    grid = (torch.rand(30_000, 2) * 2 - 1) * 4
-    mass = data.log_prob(grid).double().exp().mean() * (8 * data.scale) ** 2
-    assert abs(mass - 1) < 0.12 or name == "3points"  # which 30,000 points hardly meet
+    log_p = torch.full((2000,), math.log(0.45**2 / 8))  # of the checkerboard
+    if name in train_toy.MIXTURES:
+        centres, noise = train_toy.MIXTURES[name]
+        points = (data.shift + data.scale * x)[:, None]
+        log_p = Normal(centres, noise).log_prob(points).sum(2).logsumexp(1) - math.log(len(centres))
+    assert_close(data.log_prob(x), log_p, atol=5e-3, rtol=0)
     for path in (OTPath(), VPPath()):  # u_t = E[dx_t | x_t]: orthogonal to what the target has left
         t = torch.rand(len(x)) * 0.9
         x_t, dx_t = path.psi_dpsi(t, torch.randn_like(x), x)
@@ -1686,15 +1685,13 @@ def test_toy_pictures_are_the_right_way_up_and_on_white(tmp_path):
     picture.putpixel((8, 8), (0, 0, 0, 255))
     picture.save(tmp_path / "corner.png")
     data = train_toy.make_data(str(tmp_path / "corner.png"))
-    assert len(data.centres) == 10
     x = data.sample(500)
-    assert x[:, 0].median() < 0 < x[:, 1].median()
-    grey = np.asarray(train_toy.density_image(x).convert("L"), dtype=float)
-    assert grey[:80, :80].mean() > 10 + max(grey[:80, 80:].mean(), grey[80:, :80].mean())
+    assert len(data.centres) == 10 and x[:, 0].median() < 0 < x[:, 1].median()
     path = torch.tensor([[[0.0, 0.0]], [[1.125, 2.025]]])
-    red = np.asarray(train_toy.paths_image(path)).astype(int)
-    row, column = np.unravel_index((red[..., 0] - red[..., 2]).argmax(), (160, 160))
-    assert abs(row - 8) < 3 and abs(column - 120) < 3  # the end, red, above on the right
+    for image in (train_toy.density_image(path[1]), train_toy.paths_image(path)):
+        red, _, blue = np.moveaxis(np.asarray(image).astype(int), 2, 0)
+        row, column = np.unravel_index((red - blue).argmax(), (160, 160))
+        assert abs(row - 8) < 3 and abs(column - 120) < 3  # the end, above on the right
 
 
 def test_train_toy_keeps_the_old_file_when_the_disk_is_full(tmp_path):

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Flow matching in two dimensions: train on a toy density, draw Figure 4, print true numbers.
 
-python train_toy.py --path ot              a minute on two CPU cores; results in runs/toy
-python train_toy.py --path ot vp           a row for each path: same seed, network and steps
-python train_toy.py --ablation             Table 1, Figures 4 and 9, couplings and reflow
-python train_toy.py --net paper --lr 1e-3  the paper's larger network without Fourier features
-python train_toy.py --data drawing.png     the dark pixels of a picture are the density
-python train_toy.py --figure               Figure 3, what is straight, exact Euler steps
-python train_toy.py --figure --data 3points    Theorem 1: the exact flow of three points
+python train_toy.py --path ot                a minute on two CPU cores; results in runs/toy
+python train_toy.py --path ot vp             a row for each path: same seed, network and steps
+python train_toy.py --ablation               Table 1, Figures 4 and 9, couplings and reflow
+python train_toy.py --net paper --lr 1e-3    the paper's larger network without Fourier features
+python train_toy.py --data drawing.png       the dark pixels of a picture are the density
+python train_toy.py --figure                 Figure 3, what is straight, exact Euler steps
+python train_toy.py --figure --data 3points  Theorem 1: the exact flow of three points
 """
 
 import argparse
