@@ -1079,12 +1079,10 @@ def _derivative(f, t):
         return torch.func.jvp(f, (t.contiguous(),), (torch.ones_like(t),))
 
 
-def _check_batch(name, x, wait=True):
+def _check_batch(name, x):
     fits = isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 0 and x.numel() > 0
     _require(fits, f"{name} must be floating point (B, *dims) with B >= 1", x)
-    bad = ~x.isfinite()
-    if bad.any() if wait else _any(bad):
-        raise ValueError(f"{name} must be finite; {bad.sum()} of its {x.numel()} entries are not")
+    _require(not _any(~x.isfinite()), f"{name} must be finite", x)
 
 
 def _check_cond(cond, x):
@@ -1165,7 +1163,7 @@ def _loss_arguments(path, x1, x0, noise, t, predict, weight, reduction, cond):
     """t (B,) and x0 (B, *dims) for cfm_loss; on a GPU no value is looked at."""
     _check_kinds(predict=predict)
     _check_path(path, GaussianPath if predict == "score" else ConditionalFlow)
-    _check_batch("x1", x1, wait=False)
+    _check_batch("x1", x1)
     _check_cond(cond, x1)
     fits = weight in (None, "sigma^2") or callable(weight) or hasattr(path, weight)
     rule = "weight must be None, 'sigma^2', 'beta' (on VPPath) or a function of t"
@@ -1179,7 +1177,7 @@ def _loss_arguments(path, x1, x0, noise, t, predict, weight, reduction, cond):
     t = _check_times(t, x1, path.t_span)
     for given in (x0, noise):
         if given is not None:
-            _check_batch("x0 or noise", given, wait=False)
+            _check_batch("x0 or noise", given)
             _require(given.shape == x1.shape, "x0 or noise must have the shape of x1", given, x1)
             return t, given
     return t, torch.randn_like(x1)

@@ -3,7 +3,6 @@
 Run with: python -m pytest -q test_flow_matching.py
 """
 
-import importlib
 import importlib.util
 import io
 import json
@@ -27,7 +26,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal
+from torch.distributions import (
+    Categorical,
+    Independent,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+)
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
@@ -66,10 +71,22 @@ double = partial(torch.tensor, dtype=torch.float64)
 randn = partial(torch.randn, dtype=torch.float64)
 OT = OTPath()
 VP = VPPath()
-NAMED = [OT, OTPath(0.1), OTPath(0.0), VP, VPPath(0.5, 15.0), fm.VEPath(), fm.CosinePath()]
+VE = VEPath()
+COSINE = fm.CosinePath()
+STRAIGHT = OTPath(0.0)
 LINE = AffinePath(lambda t: t, lambda t: 1 - t)
+INNER = AffinePath(lambda t: t, lambda t: 1 - t / 2, (0.2, 0.8))
 FROM_REST = AffinePath(lambda t: t**2, lambda t: (1 - t**3).sqrt() + 0.01)
+NAMED = [OT, OTPath(0.1), STRAIGHT, VP, VPPath(0.5, 15.0), VE, COSINE]
 every_path = cases("path", [*NAMED, FROM_REST], ids=lambda path: type(path).__name__)
+affine = cases("path", [OTPath(0.05), VP, VEPath(0.1, 12.0), COSINE], ids=repr)
+TIGHT = {"rtol": 1e-10, "atol": 1e-10}
+RK4 = {"method": "rk4", "steps": 5}
+
+
+def assert_near(actual, expected, atol):
+    """Equal within atol, whatever the size."""
+    assert_close(actual, expected, atol=atol, rtol=0)
 
 
 def batch(B=5, d=3):
@@ -95,9 +112,14 @@ def constant(t, x):
     return torch.ones_like(x)
 
 
-def recorded(v, seen):
-    """v, with the times of its calls put into the list seen."""
-    return lambda t, x, **cond: seen.append(t) or v(t, x, **cond)
+def wave(t, x, **cond):
+    return torch.sin(fm.expand(t, x) * x)
+
+
+def recorded(v):
+    """v, and the list that will hold the times of its calls."""
+    seen = []
+    return lambda t, x, **cond: seen.append(t) or v(t, x, **cond), seen
 
 
 def standard_normal(x, std=1.0):
@@ -108,7 +130,19 @@ def standard_normal(x, std=1.0):
 # ---- 1 Paths ----
 
 
-@every_path
+def elementwise(t, x1):
+    """Moments with each dimension at its own speed."""
+    t = fm.expand(t, x1)
+    speed = torch.arange(1, 4, dtype=x1.dtype)
+    sigma_t = torch.exp(-speed * t)
+    return t * x1, sigma_t, x1, -speed * sigma_t
+
+
+ELEMENTWISE = fm.GaussianPath(elementwise)
+every_gaussian = cases("path", [*NAMED, FROM_REST, ELEMENTWISE], ids=lambda p: type(p).__name__)
+
+
+@every_gaussian
 def test_eq13_dpsi_is_the_velocity_of_psi_and_u_there(path):
     t, x0, x1 = batch()
     expected = by_autodiff(lambda t: path.psi(t, x0, x1), t)
@@ -120,7 +154,7 @@ def test_eq17_ve_field_in_the_papers_form():
     t, x, x1 = batch()
     sigma = 0.01 * 1000 ** (1 - t[:, None])  # increasing in s = 1 - t, as Eq. (16) has it
     slope = math.log(1000) * sigma
-    assert_close(fm.VEPath().u(t, x, x1), -slope / sigma * (x - x1))
+    assert_close(VE.u(t, x, x1), -slope / sigma * (x - x1))
 
 
 @cases("low, high", [(0.1, 20.0), (0.0, 12.0), (10.0, 10.0)])
@@ -143,15 +177,14 @@ def test_eq20_to_eq23_ot():
     assert_close(path.dpsi(t, x0, x1), x1 - c * x0)
 
 
-@cases("path", [OTPath(1e-4), OTPath(2e-6), *NAMED[2:]], ids=repr)
+@cases("path", [*NAMED, OTPath(2e-6)], ids=repr)
 def test_eq20_eq23_coefficients_and_target_stay_exact_in_float32_up_to_the_end(path):
     x0, x1 = torch.randn(2, 1000, 2)
     t = torch.full((1000,), path.t_span[1])
     exact = path.dpsi(t.double(), x0.double(), x1.double())
     assert (path.dpsi(t, x0, x1) - exact).abs().max() < 2e-5 * exact.abs().max()
-    exact = path.coefficients(t[:1].double())
-    for coefficient, expected in zip(path.coefficients(t[:1]), exact):
-        assert_close(coefficient.double(), expected, rtol=2e-6, atol=0)
+    exact = torch.stack(path.coefficients(t[:1].double()))
+    assert_close(torch.stack(path.coefficients(t[:1])).double(), exact, rtol=2e-6, atol=0)
 
 
 @every_path
@@ -159,29 +192,22 @@ def test_eq10_moments_at_the_ends(path):
     x1 = double([[2.0, -3.0]])
     mu_0, sigma_0, _, _ = path.moments(path.t_span[0], x1)
     mu_1, sigma_1, _, _ = path.moments(path.t_span[1], x1)
-    assert_close(mu_1, x1, atol=1e-3, rtol=0)
+    assert_near(mu_1, x1, 1e-3)
     assert 0 < sigma_1.item() <= 0.101  # never zero inside t_span
     assert (mu_0 / sigma_0).abs().max() <= 0.1 * x1.abs().max()  # a solve starts at pure noise
-    assert_close(path.source_std, sigma_0.item(), atol=0.002, rtol=0)
+    assert_near(path.source_std, sigma_0.item(), 0.002)
 
 
-def test_paths_state_their_span_source_and_pairs():
-    alpha_t, sigma_t, _, _ = VP.coefficients(double([0.0, 1 - 1e-5]))  # published numbers
-    assert_close(alpha_t, double([0.006572, 0.9999995]), atol=5e-7, rtol=0)
-    assert_close(sigma_t, double([0.999978, 1.0005e-3]), atol=5e-7, rtol=0)
-    assert OT.t_span == OTPath(2e-6).t_span == fm.VEPath().t_span == (0.0, 1.0)
-    for path in (OTPath(0.0), VP, fm.CosinePath(), LINE):
-        assert path.t_span == (0.0, 1 - 1e-5)  # where sigma_1 is 0
-    assert AffinePath(LINE.alpha, LINE.sigma, (0.0, 0.9)).t_span == (0.0, 0.9)
-    narrow = AffinePath(LINE.alpha, lambda t: 0.5 - t / 4)
+def test_paths_state_their_span_and_whether_x0_may_be_paired():
+    narrow = AffinePath(lambda t: t, lambda t: 0.5 - t / 4)
     off = AffinePath(lambda t: 1.5 * t - 0.5, lambda t: 1 - t / 2, check_ends=False)
-    assert [p.source_std for p in (fm.VEPath(), VP, OT, narrow)] == [10, 1, 1, 0.5]
-    assert all(p.allows_pairs for p in (OT, fm.CosinePath(), LINE))
-    assert not any(p.allows_pairs for p in (VP, fm.VEPath(), off, narrow))
-    assert len({OT, OTPath(1e-4), VP, VPPath(0.1, 20.0)}) == 2  # paths are values
+    assert {path.t_span for path in (OT, OTPath(2e-6), VE, narrow, off)} == {(0.0, 1.0)}
+    assert {path.t_span for path in (STRAIGHT, VP, COSINE, LINE)} == {(0.0, 1 - 1e-5)}
+    assert all(path.allows_pairs for path in (OT, COSINE, LINE))
+    assert not any(path.allows_pairs for path in (VP, VE, off, narrow))
 
 
-@every_path
+@every_gaussian
 def test_eq10_log_prob_and_score(path):
     t, x, x1 = batch()
     mu_t, sigma_t, _, _ = path.moments(t, x1)
@@ -190,80 +216,22 @@ def test_eq10_log_prob_and_score(path):
     assert_close(path.score(t, x, x1), torch.autograd.grad(log_p.sum(), x)[0])
 
 
-def elementwise_moments(t, x1):
-    """Each dimension at its own speed."""
-    t = fm.expand(t, x1)
-    speed = torch.arange(1, 4, dtype=x1.dtype)
-    sigma_t = torch.exp(-speed * t)
-    return t * x1, sigma_t, x1, -speed * sigma_t
+class CurvedFlow(fm.ConditionalFlow):
+    def psi(self, t, x0, x1):  # not affine in x0
+        t = fm.expand(t, x0)
+        return torch.sinh(x0 * (1 - t)) + t**2 * x1 + t * (1 - t) * x0 * x1
 
 
-def test_gaussian_path_with_elementwise_sigma():
-    t, x0, x1 = batch()
-    path = fm.GaussianPath(elementwise_moments)
-    slope = by_autodiff(lambda t: path.psi(t, x0, x1), t)
-    assert_close(path.u(t, path.psi(t, x0, x1), x1), slope)
-    mu_t, sigma_t, _, _ = path.moments(t, x1)
-    expected = MultivariateNormal(mu_t, torch.diag_embed(sigma_t**2)).log_prob(x0)
-    assert_close(path.log_prob(t, x0, x1), expected)
-    for weight in ("sigma^2", None):  # lambda(t) |s - score|^2 = |x0|^2 for s = 0
-        loss = cfm_loss(still, path, x1, noise=x0, t=t, predict="score", weight=weight)
-        assert_close(loss, x0.square().mean())
-
-
-def curved_psi(t, x0, x1):
-    """Not affine in x0."""
-    t = fm.expand(t, x0)
-    return torch.sinh(x0 * (1 - t)) + t**2 * x1 + t * (1 - t) * x0 * x1
-
-
-class CubicFlow(fm.ConditionalFlow):
-    def psi(self, t, x0, x1):
-        return x0 + t[:, None] ** 3 * x1
-
-
-@cases("flow", [fm.ConditionalFlow(curved_psi), CubicFlow()], ids=["function", "class"])
+@cases("flow", [CurvedFlow(), fm.ConditionalFlow(CurvedFlow().psi)], ids=["class", "function"])
 def test_eq14_of_any_differentiable_flow(flow):
     _, x0, x1 = batch()
     slope = by_autodiff(lambda t: flow.psi(t, x0, x1), torch.full((5,), 0.3).double())
     assert_close(flow.dpsi(0.3, x0, x1), slope, atol=1e-6, rtol=1e-6)  # a number will do for t
     loss = cfm_loss(still, flow, x1, x0=x0, t=0.3)
     assert_close(loss, slope.square().mean(), atol=1e-6, rtol=1e-6)
-    assert flow.t_span == (0.0, 1.0) and flow.source_std == 1
-
-
-def test_images_are_flat_vectors_to_every_formula():
-    path = OTPath(0.1)
-    t = torch.rand(4)
-    x, x1, data = torch.randn(3, 4, 2, 3, 3)
-    assert_close(path.log_prob(t, x, x1), path.log_prob(t, x.flatten(1), x1.flatten(1)))
-    images, vectors = Marginal(path, data), Marginal(path, data.flatten(1))
-    assert_close(images.log_prob(t, x), vectors.log_prob(t, x.flatten(1)))
-    assert_close(images(t, x).flatten(1), vectors(t, x.flatten(1)))
-    losses = cfm_loss(still, path, x1, noise=x, t=t, reduction="none")
-    assert_close(losses, path.dpsi(t, x, x1).square().mean((1, 2, 3)))
 
 
 # ---- 2 Loss ----
-
-
-def gaussian_field(m=0.0, S=1.0):
-    """u_t for N(m, S^2 I) data on OTPath(0.0), Eq. (8) with the posterior mean in closed form."""
-
-    def u(t, x):
-        t = t[:, None]
-        variance = (1 - t) ** 2 + (t * S) ** 2
-        return m + (t * S**2 - (1 - t)) / variance * (x - t * m)
-
-    return u
-
-
-def test_eq14_loss_floor_of_gaussian_data_is_pi_over_2():
-    x1, u = randn(400_000, 2), gaussian_field()
-    losses = cfm_loss(u, OTPath(0.0), x1, reduction="none")
-    assert losses.shape == (len(x1),)
-    assert abs(losses.mean() - math.pi / 2) < 4 * losses.std() / math.sqrt(len(x1))
-    assert cfm_loss(lambda t, x: u(t, x) + 0.1, OTPath(0.0), x1) > math.pi / 2 + 0.005
 
 
 def test_theorem_2_gradients_of_fm_and_cfm_agree():
@@ -274,11 +242,12 @@ def test_theorem_2_gradients_of_fm_and_cfm_agree():
         return torch.sin(theta[0] * x) + theta[1] * x * t[:, None]
 
     nodes, weights = map(torch.from_numpy, np.polynomial.hermite_e.hermegauss(80))  # E over x0
-    x0, x1 = nodes[:, None].repeat(3, 1), marginal.data.repeat_interleave(80, 0)
+    x0 = nodes[:, None].repeat(3, 1)
+    x1 = marginal.data.repeat_interleave(80, 0)
     losses = cfm_loss(v, marginal.path, x1, x0=x0, t=0.4, reduction="none")
-    cfm = (losses * weights.repeat(3) / weights.sum() / 3).sum()
-    x, t = torch.linspace(-8, 8, 20001).double()[:, None], torch.full((20001,), 0.4).double()
-    squares = (v(t, x) - marginal(0.4, x)).square()[:, 0]
+    cfm = weights.repeat(3) @ losses / weights.sum() / 3
+    x = torch.linspace(-8, 8, 20001).double()[:, None]
+    squares = (v(double([0.4]), x) - marginal(0.4, x)).square()[:, 0]
     loss = (squares * marginal.log_prob(0.4, x).exp()).sum() * 16 / 20000  # Eq. (5)
     expected = torch.autograd.grad(loss, theta)
     assert_close(torch.autograd.grad(cfm, theta), expected, atol=1e-6, rtol=1e-6)
@@ -287,22 +256,20 @@ def test_theorem_2_gradients_of_fm_and_cfm_agree():
 
 @cases("name", ["x0", "noise"])
 def test_eq14_pairs_times_conditioning_and_reduction_are_those_given(name):
-    t, x0, x1 = batch()
-    y = torch.arange(5).double()
-    seen = []
-    v = recorded(lambda t, x, y: x * y[:, None], seen)
-    losses = cfm_loss(v, OTPath(0.0), x1, t=t, reduction="none", y=y, **{name: x0})
-    x_t = (1 - t[:, None]) * x0 + t[:, None] * x1
-    assert_close(losses, (x_t * y[:, None] - (x1 - x0)).square().mean(1))
-    assert_close(seen, [t])
+    t = torch.rand(5, dtype=torch.float64)
+    x0, x1, y = randn(3, 5, 1, 2, 3)  # images
+    loss = partial(cfm_loss, lambda t, x, y: x * y, STRAIGHT, x1, t=t, y=y, **{name: x0})
+    t = t.view(5, 1, 1, 1)
+    squares = (((1 - t) * x0 + t * x1) * y - (x1 - x0)).square()
+    assert_close(loss(reduction="none"), squares.mean((1, 2, 3)))
+    assert_close(loss(), squares.mean())
 
 
 def test_loss_trains_a_schedule_with_parameters():
-    t, noise, x1 = batch()
+    t, x0, x1 = batch()
 
     def loss(power):
-        path = AffinePath(lambda t: t**power, lambda t: 1.1 - t**power)
-        return cfm_loss(wave, path, x1, noise=noise, t=t)
+        return cfm_loss(wave, AffinePath(lambda t: t**power, LINE.sigma), x1, x0=x0, t=t)
 
     assert torch.autograd.gradcheck(loss, double(1.5).requires_grad_())
 
@@ -315,21 +282,20 @@ def test_loss_on_a_gpu_reads_no_value_and_so_never_waits(path):
 
 
 def test_loss_times_are_stratified_and_each_row_is_uniform():
-    path = AffinePath(LINE.alpha, LINE.sigma, (0.2, 0.8))
-    rows = []
+    v, rows = recorded(itself)
     for _ in range(1000):
-        cfm_loss(recorded(itself, rows), path, torch.zeros(8, 1).double())
-    assert rows[0].dtype == torch.float64
+        cfm_loss(v, INNER, torch.zeros(8, 1).double())
     t = (torch.stack(rows) - 0.2) / 0.6  # (1000, 8)
+    assert t.dtype == torch.float64
     assert ((t.sort(1).values * 8).floor() == torch.arange(8)).all()  # one in each eighth
     middles = (torch.arange(1000) + 0.5) / 1000
-    for row in t.T:  # Kolmogorov-Smirnov against U[0, 1], at the 0.1 % level
-        assert (row.sort().values - middles).abs().max() < 1.95 / math.sqrt(1000)
+    # Kolmogorov-Smirnov of every row against U[0, 1], at the 0.1 % level
+    assert (t.T.sort().values - middles).abs().max() < 1.95 / math.sqrt(1000)
 
 
 @every_path
 def test_conversions_agree_with_x0_x1_dpsi_and_the_score(path):
-    t, x0, x1 = batch()
+    t, x0, x1 = batch(3, 3)  # B = last dimension: t must not broadcast along it
     x_t = path.psi(t, x0, x1)
     truth = {"velocity": path.dpsi(t, x0, x1), "noise": x0, "data": x1}
     truth["score"] = path.score(t, x_t, x1)
@@ -341,22 +307,23 @@ def test_conversions_agree_with_x0_x1_dpsi_and_the_score(path):
 
 def test_eq46_conversion_of_the_exact_marginal_and_broadcast_of_t():
     marginal = Marginal(VP, randn(6, 3))
-    t, _, x = batch(3, 3)  # B = last dimension: t must not broadcast along it
-    score, x1_mean = marginal.score(t, x), marginal.x1_mean(t, x)
+    t, _, x = batch(3, 3)
+    score = marginal.score(t, x)
     beta = 20 - 19.9 * t[:, None]
-    assert_close(OTPath(0.0).convert(1.0, x, x, "velocity", "data"), x)  # regular there
     assert_close(marginal(t, x), beta / 2 * (x + score))  # Eq. (46), true sign of the score
-    for kind, value in (("score", score), ("data", x1_mean)):
+    for kind, value in (("score", score), ("data", marginal.x1_mean(t, x))):
         v = fm.as_velocity(lambda t, x, y: y, VP, kind)
         assert_close(v(t, x, y=value), marginal(t, x))
+    assert_close(STRAIGHT.convert(1.0, x, x, "velocity", "data"), x)  # regular there
 
 
 SINGULAR = [
-    (OTPath(0.0), 0.0, "noise", "data"),
-    (OTPath(0.0), 0.0, "score", "velocity"),
-    (OTPath(0.0), 1.0, "data", "noise"),
-    (OTPath(0.0), 1.0, "noise", "score"),
+    (STRAIGHT, 0.0, "noise", "data"),
+    (STRAIGHT, 0.0, "score", "velocity"),
+    (STRAIGHT, 1.0, "data", "noise"),
+    (STRAIGHT, 1.0, "noise", "score"),
     (AffinePath(lambda t: t**2, lambda t: 1 - t**2), 0.0, "velocity", "data"),  # starts at rest
+    (AffinePath(torch.sqrt, lambda t: 1 - t), 0.0, "data", "velocity"),  # at infinite speed
     (VP, 1.0, "velocity", "data"),
     (VP, 1.0, "velocity", "noise"),
     (VP, 1.0, "score", "velocity"),
@@ -380,136 +347,85 @@ def test_table_1_and_eq43_losses_of_a_field_in_closed_form():
     x_t = (1 - sigma**2).sqrt() * x1 + sigma * noise
     to_score = (x_t + noise / sigma).square().mean(1)
     to_noise = (x_t - noise).square().mean(1)
-    assert_close(loss(**fm.OBJECTIVES["velocity"]), loss())
-    assert_close(loss(**fm.OBJECTIVES["noise"]), to_noise)  # Eq. (45)
-    assert_close(loss(**fm.OBJECTIVES["score"]), sigma2 * to_score)
-    assert_close(loss(**fm.OBJECTIVES["scoreflow"]), (20 - 19.9 * t) * to_score)
+    assert_close(loss(**OBJECTIVES["velocity"]), loss())
+    assert_close(loss(**OBJECTIVES["noise"]), to_noise)  # Eq. (45)
+    assert_close(loss(**OBJECTIVES["score"]), sigma2 * to_score)
+    assert_close(loss(**OBJECTIVES["scoreflow"]), (20 - 19.9 * t) * to_score)
     assert_close(loss(predict="score"), sigma2 * to_score)  # by default, or targets are of 1e4
     assert_close(loss(predict="score", weight=torch.ones_like), to_score)
     assert_close(loss(predict="noise", weight=lambda t: t**2), t**2 * to_noise)
     assert_close(loss(predict="data"), (x_t - x1).square().mean(1))
+    for weight in ("sigma^2", None):  # sigma^2 |s - score|^2 = |x0|^2 for s = 0, elementwise too
+        zero = cfm_loss(still, ELEMENTWISE, x1, noise=noise, predict="score", weight=weight)
+        assert_close(zero, noise.square().mean())
 
 
+@needs_scipy
 @cases("n", [1, 4, 7])
 def test_ot_coupling_is_the_best_of_all_permutations(n):
-    pytest.importorskip("scipy")
-    x0, x1 = torch.randn(2, n, 2, 3)
-    costs = {p: (x0[list(p)] - x1).square().sum() for p in permutations(range(n))}
-    assert tuple(fm.ot_coupling(x0, x1).tolist()) == min(costs, key=costs.get)
-    squares = [[0.0, 0.0], [1.0, 0.5]], [[1.0, 0.5], [2.0, 0.0]]  # 1.25 + 1.25 < 0 + 4, not roots
-    assert fm.ot_coupling(*map(torch.tensor, squares)).tolist() == [0, 1]
-    half = x0.bfloat16().requires_grad_(), x1.bfloat16()
-    assert torch.equal(fm.ot_coupling(*half), fm.ot_coupling(*(x.float() for x in half)))
-
-
-def test_ot_coupling_without_scipy_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
-    with pytest.raises(ImportError, match="scipy"):
-        fm.ot_coupling(torch.zeros(2, 1), torch.zeros(2, 1))
+    x0, x1 = torch.randn(2, n, 2, 1).bfloat16()  # roots of the squares would choose otherwise
+    costs = {p: (x0[list(p)] - x1).float().square().sum() for p in permutations(range(n))}
+    best = min(costs, key=costs.get)
+    assert tuple(fm.ot_coupling(x0.requires_grad_(), x1).tolist()) == best
 
 
 # ---- 3 Exact marginals ----
 
-affine = cases("path", [OTPath(0.05), VP, fm.VEPath(0.1, 12.0), fm.CosinePath()], ids=repr)
-
 
 @affine
-@cases("d", [2, 40])  # direct differences and cdist
-def test_eq6_eq8_marginal_density_score_posterior_and_field(path, d):
-    data, x, t = randn(7, d), randn(6, d).requires_grad_(), 0.6
+@cases("dims", [(2,), (4, 10)], ids=str)
+def test_eq6_eq8_marginal_density_score_posterior_and_field(path, dims):
+    data = randn(7, *dims)
+    x = randn(6, *dims).requires_grad_()
+    t = 0.6
     mu_t, sigma_t, _, _ = path.moments(t, data)
-    components = MultivariateNormal(mu_t, sigma_t**2 * torch.eye(d).double())
-    log_p = MixtureSameFamily(Categorical(torch.ones(7).double()), components).log_prob(x)
+    parts = Independent(Normal(mu_t, sigma_t.expand_as(mu_t)), len(dims))
+    log_p = MixtureSameFamily(Categorical(torch.ones(7).double()), parts).log_prob(x)
     marginal = Marginal(path, data)
     assert_close(marginal.log_prob(t, x), log_p)
     assert_close(marginal.score(t, x), torch.autograd.grad(log_p.sum(), x)[0])
-    posterior = torch.stack([path.log_prob(t, x, x_i.expand_as(x)) for x_i in data], 1).softmax(1)
+    log_p = [path.log_prob(t, x, x_i.expand_as(x)) for x_i in data]
+    posterior = torch.stack(log_p, 1).softmax(1)  # (6, 7)
     assert_close(marginal.posterior(t, x), posterior)
-    assert_close(marginal.x1_mean(t, x), posterior @ data)
-    u = torch.stack([path.u(t, x, x_i.expand_as(x)) for x_i in data], 1)  # (6, 7, d)
-    assert_close(marginal(t, x), (posterior[:, :, None] * u).sum(1))  # Eq. (8)
-
-
-def continuity_gap(log_p, u, t, x):
-    """d/dt log p_t + div u + u . grad log p_t, 0 where p_t and u obey Eq. (26), (B,)."""
-    x = x.clone().requires_grad_()
-    (score,) = torch.autograd.grad(log_p(t, x).sum(), x)
-    jacobian = torch.autograd.functional.jacobian(lambda x: u(t, x).sum(0), x)  # (d, B, d)
-    divergence = jacobian.diagonal(dim1=0, dim2=2).sum(1)
-    return by_autodiff(lambda t: log_p(t, x), t) + divergence + (u(t, x) * score).sum(1)
+    assert_close(marginal.x1_mean(t, x), torch.tensordot(posterior, data, 1))
+    u = torch.stack([path.u(t, x, x_i.expand_as(x)) for x_i in data], 1)  # (6, 7, *dims)
+    assert_close(marginal(t, x), torch.einsum("bn,bn...->b...", posterior, u))  # Eq. (8)
 
 
 @affine
 def test_eq26_marginal_obeys_the_continuity_equation(path):
-    marginal, (t, _, x) = Marginal(path, randn(7, 2)), batch(d=2)
-    gap = continuity_gap(marginal.log_prob, marginal, t, x)
-    assert_close(gap, torch.zeros_like(gap), atol=1e-6, rtol=0)
-    assert continuity_gap(marginal.log_prob, still, t, x).abs().min() > 1e-3
+    t, _, x = batch(d=2)
+    u = Marginal(path, randn(7, 2))
+    x.requires_grad_()
+    (score,) = torch.autograd.grad(u.log_prob(t, x).sum(), x)
+    jacobian = torch.autograd.functional.jacobian(lambda x: u(t, x).sum(0), x)  # (d, B, d)
+    divergence = jacobian.diagonal(dim1=0, dim2=2).sum(1)
+    change = by_autodiff(lambda t: u.log_prob(t, x), t)
+    assert (change + divergence + (u(t, x) * score).sum(1)).abs().max() < 1e-6
 
 
-def test_marginal_stays_exact_where_sigma_vanishes():
+def test_marginal_stays_exact_where_sigma_vanishes_and_far_away():
     data = torch.randn(60, 50) + 30  # far from 0, so that |x|^2 - 2 x x_i + |x_i|^2 cancels
     path = OTPath(1e-3)
-    t = torch.full((20,), 0.999)
-    x, far = path.psi(t, torch.randn(20, 50), data[:20]), 1e4 * torch.randn(20, 50)
-    ours, exact = Marginal(path, data), Marginal(path, data.double())
-    posterior = exact.posterior(t, x.double())
-    assert_close(ours.posterior(t, x).double(), posterior, atol=1e-4, rtol=0)
-    log_p = ours.log_prob(t, x)
-    assert_close(log_p.double(), exact.log_prob(t, x.double()), atol=2e-2, rtol=1e-4)
-    both = torch.cat([x, far]).requires_grad_()  # one batch of both
-    log_p_both = ours.log_prob(torch.cat([t, 0 * t]), both)
-    assert_close(log_p_both, torch.cat([log_p, standard_normal(far)]))
-    assert torch.autograd.grad(log_p_both.sum(), both)[0].isfinite().all()
-    assert Marginal(OTPath(2e-6), data[:, :2])(1.0, x[:, :2]).isfinite().all()
+    near = path.psi(torch.full((20,), 0.999), torch.randn(20, 50), data[:20])
+    far = 1e4 * torch.randn(20, 50)
+    x = torch.cat([near, far])  # in one batch
+    t = torch.tensor([0.999, 0.0]).repeat_interleave(20)
+    ours = Marginal(path, data)
+    exact = Marginal(path, data.double())
+    assert_near(ours.posterior(t, x).double(), exact.posterior(t, x.double()), 1e-4)
+    log_p = ours.log_prob(t, x.requires_grad_())
+    assert_close(log_p[:20].double(), exact.log_prob(t, x.double())[:20], atol=2e-2, rtol=1e-4)
+    assert_close(log_p[20:], standard_normal(far))
+    assert torch.autograd.grad(log_p.sum(), x)[0].isfinite().all()
+    assert Marginal(OTPath(2e-6), data[:, :2])(1.0, near[:, :2]).isfinite().all()
 
 
 def test_marginal_chunks_do_not_change_the_result():
-    marginal, x, t = Marginal(OT, torch.randn(2**15, 40)), torch.randn(1100, 40), torch.rand(1100)
-    some = [0, 511, 512, 1099]  # of three chunks
+    marginal = Marginal(OT, torch.randn(2**20, 1))
+    x, t = torch.randn(33, 1), torch.rand(33)
+    some = [0, 15, 16, 32]  # of three chunks
     assert_close(marginal(t, x)[some], marginal(t[some], x[some]), atol=1e-4, rtol=1e-3)
-
-
-def test_eq24_ot_flow_of_gaussian_data_ends_at_the_ot_map_by_another_way():
-    m = double([2.0, -1.0])
-    S = 0.5
-    x0 = randn(30, 2)
-    path = OTPath(0.0)
-
-    def x1_mean(t, x):
-        t = t[:, None]
-        return m + t * S**2 / ((1 - t) ** 2 + (t * S) ** 2) * (x - t * m)
-
-    t = double([0.0, 0.25, 0.5, 0.75, path.t_span[1]])
-    xs = odeint(fm.as_velocity(x1_mean, path, "data"), x0, t, rtol=1e-9, atol=1e-9).xs
-    t = t[:, None, None]
-    assert_close(xs, t * m + ((1 - t) ** 2 + (t * S) ** 2).sqrt() * x0, atol=1e-7, rtol=0)
-    interpolant = (1 - t) * x0 + t * (m + S * x0)  # Eq. (24): straight lines to the OT map
-    assert_close(xs[[0, -1]], interpolant[[0, -1]], atol=1e-4, rtol=0)
-    assert ((xs - interpolant)[1:-1].norm(dim=2) > 0.05 * x0.norm(dim=1)).all()
-    pytest.importorskip("scipy")
-    assert torch.equal(fm.ot_coupling(x0, xs[-1]), torch.arange(30))
-
-
-def test_eq26_one_path_has_many_fields():
-    m = double([2.0, -1.0, 0.5])
-    S = 0.7
-    (t, x0, x1) = batch()
-    J = double([[0.0, 3.0, -1.0], [-3.0, 0.0, 2.0], [1.0, -2.0, 0.0]])  # antisymmetric
-    u = gaussian_field(m, S)
-
-    def turned(t, x):  # u + w with div(p_t w) = 0
-        return u(t, x) + (x - t[:, None] * m) @ J.T
-
-    def log_p(t, x):
-        std = ((1 - t) ** 2 + (t * S) ** 2).sqrt()[:, None]
-        return Normal(t[:, None] * m, std).log_prob(x).sum(1)
-
-    for field in (u, turned):
-        assert continuity_gap(log_p, field, t, x0).abs().max() < 1e-9
-        record = log_prob(field, x1, OT, rtol=1e-9, atol=1e-9)
-        assert_close(record.log_prob, log_p(torch.ones_like(t), x1), atol=1e-6, rtol=0)
-    assert (odeint(u, x0).x - odeint(turned, x0).x).norm(dim=1).min() > 0.1
 
 
 # ---- 4 Solvers ----
@@ -528,21 +444,17 @@ def trees(order):
     return {grown for tree in smaller for grown in grow(tree)} or {()}
 
 
-def size(tree):
-    return 1 + sum(map(size, tree))
+def elementary(tree, A):
+    """Size, density and weights of the stages of a tree: Butcher (2016), Section 3.1."""
+    parts = [elementary(branch, A) for branch in tree]
+    size = 1 + sum(part[0] for part in parts)
+    density = size * math.prod(part[1] for part in parts)
+    return size, density, math.prod((A @ part[2] for part in parts), start=np.ones(len(A)))
 
 
-def gamma(tree):
-    return size(tree) * math.prod(map(gamma, tree))
-
-
-def phi(tree, A):
-    """Elementary weights of the stages: Butcher (2016), Section 3.1."""
-    return math.prod((A @ phi(sub, A) for sub in tree), start=np.ones(len(A)))
-
-
-def order_defect(weights, A, order):
-    return max(abs(weights @ phi(tree, A) - 1 / gamma(tree)) for tree in trees(order))
+def order_defect(b, A, order):
+    weights = [elementary(tree, A) for tree in trees(order)]
+    return max(abs(b @ phi - 1 / density) for _, density, phi in weights)
 
 
 @cases("name, orders", [("euler", [1]), ("midpoint", [2]), ("rk4", [4]), ("dopri5", [5, 4])])
@@ -559,14 +471,12 @@ def test_rooted_tree_order_conditions(name, orders):
         assert abs(b[0] - tableau.E[0] - 5179 / 57600) < 1e-15
 
 
-def swirl(t, x):
-    """A field with no symmetry to hide behind."""
-    first = torch.sin(3 * t) * x[:, 1] + x[:, 0] ** 2 / 4
-    return torch.stack([first, -x[:, 0] * (1 + t) + torch.cos(x[:, 1])], 1)
-
-
 @cases("method, order", [("euler", 1), ("midpoint", 2), ("rk4", 4), ("dopri5", 5)])
 def test_order_slopes(method, order):
+    def swirl(t, x):  # no symmetry to hide behind
+        first = torch.sin(3 * t) * x[:, 1] + x[:, 0] ** 2 / 4
+        return torch.stack([first, -x[:, 0] * (1 + t) + torch.cos(x[:, 1])], 1)
+
     x = randn(4, 2)
     exact = odeint(swirl, x, rtol=1e-13, atol=1e-13).x
 
@@ -579,39 +489,34 @@ def test_order_slopes(method, order):
     assert abs(math.log2(error(20) / error(40)) - order) < 0.25
 
 
-def quartic(t, x, rate):
-    return rate * t[:, None] ** 4 + 0 * x
-
-
-# The error estimate of one step of dopri5 over x' = t^4, which only its fifth order integrates.
-QUARTIC = abs(np.array(fm.DOPRI5.E) @ np.array(fm.DOPRI5.C) ** 4)
-
-
 @cases("size, accepted, rejected", [(0.95, 1, 0), (1.05, 2, 1)])
 def test_dopri5_accepts_exactly_what_its_error_estimate_allows(size, accepted, rejected):
+    def quartic(t, x, rate):
+        return rate * t[:, None] ** 4 + 0 * x
+
+    # The error estimate of one step at rate 1: only the fifth order integrates t^4.
+    estimate = abs(np.array(fm.DOPRI5.E) @ np.array(fm.DOPRI5.C) ** 4)
     for d in (1, 50):  # RMS: not diluted, not summed
-        options = dict(rtol=0, atol=1, rate=double([[size / QUARTIC]]))
+        options = dict(rtol=0, atol=1, rate=double([[size / estimate]]))
         solution = odeint(quartic, torch.zeros(1, d).double(), **options)
         assert solution[3:] == (accepted, rejected)
     for start, rate, larger in ((1, 1, 1.2), (1, -1, 1), (-1, 1, 1), (-1, -1, 1.2)):
-        options = dict(rtol=QUARTIC / size / larger, atol=0, rate=double([[rate]]))
+        options = dict(rtol=estimate / size / larger, atol=0, rate=double([[rate]]))
         solution = odeint(quartic, double([[start]]), **options)  # rtol goes with the larger end
         assert solution[3:] == (accepted, rejected)
 
 
 def test_dopri5_feels_no_sign_unit_of_time_or_direction():
-    def v(t, x):  # odd in x
-        return torch.sin(4 * x.flip(1)) * torch.cos(3 * t)[:, None] - x
-
-    x = randn(20, 2)
-    solution, mirrored = odeint(v, x), odeint(v, -x)
-    slow = odeint(lambda t, x: v(t / 8, x) / 8, x, (0, 8))
-    back = odeint(lambda t, x: -v(-t, x), x, (0, -1))
-    assert torch.equal(mirrored.x, -solution.x)
-    assert_close((slow.x, back.x), (solution.x, solution.x))
-    for other in (mirrored, slow, back, odeint(v, x, rtol=1e-5, atol=1e-5)):
+    x = 5 * randn(20, 2)
+    solution = odeint(wave, x, (1, 2))
+    others = [
+        odeint(lambda t, x: wave(t / 8, x) / 8, x, (8, 16)),
+        odeint(lambda t, x: -wave(-t, x), x, (-1, -2)),
+        odeint(lambda t, x: -wave(t, -x), x, (1, 2), rtol=1e-5, atol=1e-5),
+    ]
+    for other in others:
+        assert_close(other.x, solution.x)
         assert torch.equal(other.nfe, solution.nfe)
-        assert other.accepted.dtype == other.rejected.dtype == torch.int64
 
 
 def shaken(t, x):
@@ -620,9 +525,9 @@ def shaken(t, x):
 
 @cases("most, calls", [(8, 8), (13, 8), (14, 14)])
 def test_max_nfe_is_never_overrun(most, calls):
-    seen = []
+    v, seen = recorded(shaken)
     with pytest.raises(fm.SolverError, match=f"0, NFE {calls}: max_nfe = {most} is spent"):
-        odeint(recorded(shaken, seen), torch.zeros(1, 1), max_nfe=most)
+        odeint(v, torch.zeros(1, 1), max_nfe=most)
     assert len(seen) == calls
 
 
@@ -631,79 +536,32 @@ def test_a_step_cut_short_by_a_requested_time_is_taken_up_again():
     assert solution.accepted.tolist() == [3, 3, 3]
 
 
-TIGHT = {"rtol": 1e-10, "atol": 1e-10}
-
-
 @cases("dtype", [torch.float32, torch.float64])
-@cases("dims", [(), (1,), (3,), (2, 5)], ids=str)
-def test_dopri5_sample_does_not_feel_its_batch(dtype, dims):
-    rate, x = torch.linspace(0.1, 3, 37, dtype=dtype), torch.randn(37, *dims, dtype=dtype)
-    x = x * fm.expand(rate, x)
-
-    def v(t, x, rate):
-        return -x * x * x + fm.expand(t * rate, x) * x
-
+@cases("dims", [(), (3,), (2, 5)], ids=str)
+def test_dopri5_sample_does_not_feel_its_batch_and_costs_what_it_costs_alone(dtype, dims):
+    rate = torch.linspace(0.1, 3, 37, dtype=dtype)
+    x = fm.expand(rate, torch.empty(37, *dims)) * torch.randn(37, *dims, dtype=dtype)
+    v, seen = recorded(lambda t, x, rate: -x * x * x + fm.expand(t * rate, x) * x)
     together = odeint(v, x, (0, 0.3, 1), rate=rate)
     assert together.nfe.unique().numel() > 3  # they do take steps of their own
+    assert sum(map(len, seen)) == together.nfe.sum()  # none for finished samples
     for i in range(37):
         alone = odeint(v, x[i : i + 1], (0, 0.3, 1), rate=rate[i : i + 1])
         assert torch.equal(alone.xs[:, 0], together.xs[:, i])
-        assert [c[0] for c in alone[2:]] == [c[i] for c in together[2:]]
-
-
-def test_dopri5_easy_samples_cost_what_they_cost_alone():
-    x = torch.ones(16, 2)
-    rate = torch.tensor([1.0, 60.0]).repeat_interleave(8)
-    seen = []
-    v = recorded(lambda t, x, rate: torch.sin(rate * t)[:, None] * x, seen)
-    together = odeint(v, x, rate=rate)
-    assert sum(map(len, seen)) == together.nfe.sum()  # none for finished samples
-    alone = odeint(v, x[:8], rate=rate[:8])
-    assert torch.equal(together.nfe[:8], alone.nfe)
-    assert together.nfe[8:].min() > 5 * alone.nfe.max()
-    assert torch.equal(together.nfe, 2 + 6 * (together.accepted + together.rejected))
-
-
-def test_conditioning_follows_its_samples_through_the_likelihood():
-    x1, shift, rate = torch.randn(12, 2), torch.randn(12, 2), torch.linspace(-2, 6, 12)
-
-    def v(t, x, rate, shift):  # the samples leave the solver at different times
-        return torch.sin(rate * t)[:, None] * x + shift
-
-    record = log_prob(v, x1, OT, rate=rate, shift=shift)
-    assert record.nfe.unique().numel() > 2
-    assert_close(record.x0, odeint(v, x1, (1, 0), rate=rate, shift=shift).x, atol=1e-4, rtol=0)
-    expected = standard_normal(record.x0) - 2 * (1 - torch.cos(rate)) / rate
-    assert_close(record.log_prob, expected, atol=1e-4, rtol=0)
-
-
-SOLVERS = [{}, {"method": "rk4", "steps": 3}, {"method": "midpoint", "steps": 7}]
+        assert [count[0] for count in alone[2:]] == [count[i] for count in together[2:]]
 
 
 @cases("span", [(0.0, 1.0), (0.3, 0.9), (1.0, 0.0), (0.0, 1e-3), (2.0, 7.0)])
-@cases("options", SOLVERS, ids=str)
-def test_no_query_outside_the_span_and_requested_times_are_hit(span, options):
-    (a, b) = span
-    seen = []
+@cases("method, steps", [("dopri5", None), ("rk4", 3), ("midpoint", 7)])
+def test_no_query_outside_the_span_and_requested_times_are_hit(span, method, steps):
+    a, b = span
     times = [a, a + 0.37 * (b - a), a + 0.371 * (b - a), b]
-    v = recorded(lambda t, x: 5 * torch.cos(5 * t)[:, None] + 0 * x, seen)
-    solution = odeint(v, torch.zeros(9, 1), times, **options)
-    t, ends = torch.cat(seen), torch.tensor([a, b])
-    assert t.dtype == torch.float32 and t.min() >= ends.min() and t.max() <= ends.max()
-    truth = torch.tensor([math.sin(5 * time) - math.sin(5 * a) for time in times])
-    tolerance = 0.2 * abs(b - a) ** 3 + 1e-9 if options else 5e-5
-    assert_close(solution.xs[:, 0, 0], truth, atol=tolerance, rtol=0)
-    assert torch.equal(solution.x, solution.xs[-1])
-
-
-@cases("method, stages, nodes", [("euler", 1, 1), ("midpoint", 2, 2), ("rk4", 4, 2)])
-@cases("steps", [1, 2, 3, 7, 10, 33])
-def test_fixed_steps_are_exactly_those_asked_for(method, stages, nodes, steps):
-    seen = []
-    solution = odeint(recorded(constant, seen), torch.zeros(1, 1), method=method, steps=steps)
-    assert_close(solution.x, torch.ones(1, 1))
-    assert solution[2:] == (steps * stages, steps, 0) and len(seen) == steps * stages
-    assert len(torch.cat(seen).unique()) == nodes * steps + (method == "rk4")
+    v, seen = recorded(lambda t, x: 5 * torch.cos(5 * t)[:, None] + 0 * x)
+    xs = odeint(v, torch.zeros(9, 1), times, method, steps).xs
+    t = torch.cat(seen)
+    assert t.dtype == torch.float32 and t.min() >= min(span) and t.max() <= max(span)
+    truth = torch.tensor(times).mul(5).sin() - math.sin(5 * a)
+    assert_near(xs[:, 0, 0], truth, 0.2 * abs(b - a) ** 3 + 1e-9 if steps else 5e-5)
 
 
 SHARES = [
@@ -713,20 +571,19 @@ SHARES = [
 ]
 
 
+@cases("method, stages", [("euler", 1), ("midpoint", 2), ("rk4", 4)])
 @cases("times, nodes", SHARES)
-def test_fixed_steps_are_shared_by_length_with_one_at_least(times, nodes):
-    seen = []
-    odeint(recorded(itself, seen), torch.ones(1, 1), times, method="euler", steps=5)
-    assert_close(torch.cat(seen), torch.tensor(nodes), atol=1e-5, rtol=0)
+def test_fixed_steps_are_those_asked_for_and_shared_by_length(times, nodes, method, stages):
+    v, seen = recorded(itself)
+    solution = odeint(v, torch.ones(1, 1), times, method, steps=5)
+    assert_near(torch.cat(seen)[::stages], torch.tensor(nodes), 1e-5)
+    assert solution[2:] == (5 * stages, 5, 0)
 
 
 def test_times_of_float64_are_kept_to_the_last_bit():
-    x = torch.zeros(1, 1).double()  # 0.2 + (1.0 - 0.2) * 3 / 3 is not 1.0
-    seen = []
-    odeint(recorded(constant, seen), x, (0.2, 1.0), method="rk4", steps=3)
+    v, seen = recorded(constant)  # 0.2 + (1.0 - 0.2) * 3 / 3 is not 1.0
+    odeint(v, torch.zeros(1, 1).double(), (0.2, 1.0), method="rk4", steps=3)
     assert (seen[0], seen[-1]) == (0.2, 1.0)
-    moved = odeint(constant, x, (0.5, 0.5 + 1e-9)).x.item()
-    assert_close(moved, (0.5 + 1e-9) - 0.5, rtol=1e-12, atol=0)
 
 
 def test_starting_step_of_easy_and_of_deceptive_fields():
@@ -737,10 +594,8 @@ def test_starting_step_of_easy_and_of_deceptive_fields():
     assert odeint(lambda t, x: 0.3 * constant(t, x), x).nfe.tolist() == [8] * 200  # one step
     assert odeint(constant, torch.zeros(1, 1)).nfe == 20  # from 0 the first step is a careful one
     assert odeint(itself, x).nfe.double().mean() < 22
-    exact = odeint(late, x.double(), **TIGHT).x
-    assert_close(odeint(late, x).x.double(), exact, atol=1e-2, rtol=1e-2)  # 0.06 if fooled
-    loose, tight = (odeint(late, 1e4 * x, atol=1e-9, rtol=r).nfe.sum() for r in (1e-3, 1e-6))
-    assert loose < 0.5 * tight  # rtol counts
+    exact = odeint(late, x.double(), **TIGHT).x.float()
+    assert_close(odeint(late, x).x, exact, atol=1e-2, rtol=1e-2)  # 0.06 if fooled
 
 
 class NoFloat64(TorchDispatchMode):
@@ -753,56 +608,48 @@ class NoFloat64(TorchDispatchMode):
         return result
 
 
-def wave(t, x, **cond):
-    return torch.sin(fm.expand(t, x) * x)
-
-
 @cases("path", [*NAMED, LINE])
 def test_float32_makes_no_float64_tensor(path):
-    x, images = torch.randn(5, 2), torch.zeros(1, 3, dtype=torch.uint8)
+    x = torch.randn(5, 2)
     with NoFloat64():
         cfm_loss(wave, path, x)
         path.log_prob(0.5, x, x)
         path.score(0.5, x, path.u(0.5, x, x))
-        fm.sample(wave, path, (5, 2), method="midpoint", steps=2)
+        sample(wave, path, (5, 2), method="midpoint", steps=2)
         fm.sample_sde(wave, path, (5, 2), steps=2)
         log_prob(wave, x, path)
         Marginal(path, x).log_prob(0.5, Marginal(path, x)(0.5, x))
         odeint(wave, x, torch.linspace(1, 0, 3))
-        fm.bits_per_dim(wave, images, path, K=2, probes=2)
-        net = UNet(**SMALL, num_classes=1)
-        net(0.5, torch.randn(2, 3, 8, 8))
+        fm.bits_per_dim(wave, torch.zeros(1, 3, dtype=torch.uint8), path, K=2, probes=2)
+        UNet(**SMALL, num_classes=1)(0.5, torch.randn(2, 3, 8, 8))
 
 
 @cases("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_its_times_in_float32(dtype):
     x = torch.randn(4, 2).to(dtype)
-    seen = []
-    v = recorded(lambda t, x: -x @ torch.eye(2, dtype=dtype), seen)  # refuses another dtype
+    v, seen = recorded(lambda t, x: -x @ torch.eye(2, dtype=dtype))  # refuses another dtype
     solution = odeint(v, x, (0, 0.5, 1), method="rk4", steps=8)
-    assert solution.xs.dtype == solution.x.dtype == dtype
-    assert_close(solution.x, x * math.exp(-1), atol=0.02, rtol=0.02)
+    assert_close(solution.xs[-1], x * math.exp(-1), atol=0.02, rtol=0.02)
     assert cfm_loss(v, OT, x).isfinite()
-    assert cfm_loss(v, fm.ConditionalFlow(lambda t, x0, x1: v(t, x0)), x, t=0.3).isfinite()
-    assert draw(v, OTPath(0.3), (4, 2), steps=3, dtype=dtype).dtype == dtype
+    assert cfm_loss(v, CurvedFlow(), x).isfinite()
+    samples = draw(v, OTPath(0.3), (4, 2), steps=3, dtype=dtype)
     y = torch.randn(2, 1001).to(dtype)  # half precision has no 250.25, the trace
-    record = log_prob(recorded(lambda t, x: x / 4, seen), y, OT, method="euler", steps=1)
-    expected = standard_normal(0.75 * y.float()) - 250.25
-    assert_close(record.log_prob, expected, atol=0.02, rtol=0)
-    assert record.x0.dtype == dtype and record.log_prob.dtype == torch.float32
-    assert {t.dtype for t in [*seen, fm.expand(0.7, x)]} == {torch.float32}
-
-
-def explode(t, x):
-    return 4 * x**2  # 1 / (1 / x - 4 t): x = 1 ends at t = 1/4
+    v, more = recorded(lambda t, x: x / 4)
+    record = log_prob(v, y, OT, method="euler", steps=1)
+    assert_near(record.log_prob, standard_normal(0.75 * y.float()) - 250.25, 0.02)
+    assert samples.dtype == solution.x.dtype == record.x0.dtype == dtype
+    assert {t.dtype for t in [*seen, *more, fm.expand(0.7, x)]} == {torch.float32}
 
 
 def test_solver_error_keeps_the_state_of_every_sample():
+    def explode(t, x):
+        return 4 * x**2  # 1 / (1 / x - 4 t): x = 1 ends at t = 1/4
+
     x = torch.tensor([[0.1], [1.0], [0.2]])
     words = r"dopri5: step .* at t = 0\.2\d+ in sample 1, NFE \d+: .*float32; v is singular"
     with pytest.raises(fm.SolverError, match=words) as e:
         odeint(explode, x.clone().requires_grad_(), (0, 0.2, 1))
-    assert_close(e.value.t, torch.tensor([1, 0.25, 1]), atol=1e-3, rtol=0)
+    assert_near(e.value.t, torch.tensor([1, 0.25, 1]), 1e-3)
     assert_close(e.value.x[[0, 2]], 1 / (1 / x[[0, 2]] - 4), atol=1e-3, rtol=1e-3)
     assert e.value.x[1] > 1000 and not e.value.x.requires_grad
     with pytest.raises(fm.SolverError, match=r"at t = -1\.75\d* in sample 1, .*singular"):
@@ -811,7 +658,6 @@ def test_solver_error_keeps_the_state_of_every_sample():
 
 FAILURES = {
     "odeint(lambda t, x: x / (x != x[-1, -1]), x)": "sample 3, NFE 1: v is not finite at the start",
-    "odeint(lambda t, x: x / (t <= 0)[:, None], x)": "dopri5: step .* not finite near here",
     "odeint(lambda t, x: x * math.nan ** (t > 0)[:, None], x)": "dopri5: step .* not finite near",
     "odeint(lambda t, x: x / (t < 0.5)[:, None], x)": "dopri5: step .* not finite near here",
     "odeint(lambda t, x: 1e3 * x**3, x, method='euler', steps=9)": r"0\.\d+ in .* is not finite",
@@ -827,122 +673,86 @@ def test_solver_error_holds_finite_samples(call):
     assert e.value.x.shape == (4, 2) and e.value.x.isfinite().all()
 
 
-def test_a_non_finite_trial_step_is_rejected_not_fatal():
-    def v(t, x):  # an overshooting step would see the hole
-        return torch.where(x < -0.01, torch.nan, -20 * x)
-
-    x = odeint(v, torch.ones(3, 1), rtol=1e-3, atol=1e-3).x
-    assert x.abs().max() < 1e-2 and x.isfinite().all()
-
-
 def draw(v, path, shape, seed=3, steps=None, dtype=torch.float64, **options):
     """Samples of the ODE, or in steps of the SDE, from a generator."""
     options |= dict(generator=torch.Generator().manual_seed(seed), dtype=dtype)
     if steps is None:
-        return fm.sample(v, path, shape, **options).x
+        return sample(v, path, shape, **options).x
     return fm.sample_sde(v, path, shape, steps, **options)
 
 
 @cases("options", [{}, {"steps": 5, "g": 0.0}], ids=["ode", "sde"])
 def test_samples_run_from_the_source_to_the_data_and_follow_their_generator(options):
-    for path in (fm.VEPath(), OT):
-        x = draw(still, path, (20000, 1), **options)
-        assert abs(x.std() - path.source_std) < 0.03 * path.source_std
-    path = AffinePath(LINE.alpha, LINE.sigma, (0.2, 0.8))
+    z = randn(4, 2, generator=torch.Generator().manual_seed(3))
+    assert_close(draw(still, VE, (4, 2), **options), 10 * z)
+    assert (draw(still, VE, (4, 2), seed=4, **options) != 10 * z).all()
     scale = double(1.0).requires_grad_()
-    shifted = draw(lambda t, x: scale * constant(t, x), path, (20000, 1), **options)
-    assert_close(shifted, draw(still, path, (20000, 1), **options) + 0.6)
-    a, b, c = (draw(itself, VP, (4, 2), seed, **options) for seed in (3, 3, 4))
-    assert torch.equal(a, b) and (a != c).all() and not shifted.requires_grad
+    shifted = draw(lambda t, x: scale * constant(t, x), INNER, (4, 2), **options)
+    assert_close(shifted, z + 0.6)
+    assert not shifted.requires_grad
 
 
-HALF_COSINE = AffinePath(
-    lambda t: (math.pi / 2 * t).sin(), lambda t: 0.3 + 0.7 * (math.pi / 2 * t).cos()
-)
-SDES = [(OTPath(0.3), None), (OTPath(0.3), 1.2), (HALF_COSINE, lambda t: 2 - t), (HALF_COSINE, 0)]
-
-
-@cases("path, g", SDES, ids=["ot None", "ot 1.2", "cosine g(t)", "cosine 0"])
-def test_sde_has_the_marginals_of_the_ode(path, g):
-    data = 1.5 * torch.tensor([[-1.0, 0.5], [1.5, 0.0], [0.0, -1.0]])
-    x = fm.sample_sde(Marginal(path, data), path, (4000, 2), steps=100, g=g)
-    exact = data[torch.randint(3, (4000,))] + 0.3 * torch.randn(4000, 2)
-    assert (x.mean(0) - data.mean(0)).abs().max() < 0.1
-    assert (torch.cov(x.T) - torch.cov(exact.T)).abs().max() < 0.15
-    spread = torch.cdist(x, data).min(1).values.square().mean()
-    assert abs(spread / (2 * 0.3**2) - 1) < 0.1  # around each point
-    within = torch.cdist(x, x).mean() + torch.cdist(exact, exact).mean()
-    assert 2 * torch.cdist(x, exact).mean() - within < 0.012  # energy distance
-
-
-@cases("path", [OT, OTPath(0.0), VP, fm.VEPath(), fm.CosinePath()], ids=repr)
-@cases("std", [0.01, 0.05])
-def test_sde_by_default_is_stable_on_data_near_a_point(path, std):
+@cases("path", [OT, STRAIGHT, VP, VE, COSINE], ids=repr)
+@cases("std, g", [(0.01, None), (0.05, None), (0.5, 1.0)])
+def test_sde_has_the_marginals_of_gaussian_data_and_is_stable_near_a_point(path, std, g):
     def u(t, x):
         alpha, sigma, dalpha, dsigma = path.coefficients(fm.expand(t, x))
         return (alpha * dalpha * std**2 + sigma * dsigma) / (alpha**2 * std**2 + sigma**2) * x
 
-    alpha, sigma, _, _ = path.coefficients(double(path.t_span[1]))
+    alpha, sigma, _, _ = path.coefficients(torch.tensor(path.t_span[1]))
     exact = (alpha**2 * std**2 + sigma**2).sqrt()
     for steps in (50, 100, 250):
-        x = fm.sample_sde(u, path, (4000, 1), steps)
-        assert abs(x.std() - exact) < 0.02 * math.sqrt(50 / steps)  # g = 1: off by 0.3 and more
+        x = fm.sample_sde(u, path, (4000, 1), steps, g)
+        assert_near(x.std(), exact, 0.02 * math.sqrt(50 / steps))  # g = 1 near a point: off by 0.3
 
 
-def test_sde_steps_times_and_noise_are_those_given():
-    path = AffinePath(lambda t: t, lambda t: 1 - t / 2, (0.2, 0.8))
-    y = torch.full((4, 1), 0.5).double().requires_grad_()
-    times = []
-    x0 = draw(still, path, (4, 2))
-    euler = math.prod(1 + 0.2 * 0.5 * t for t in (0.2, 0.4, 0.6))
-    v = partial(draw, lambda t, x, y: y * t[:, None] * x, path, (4, 2), steps=3, y=y)
-    assert_close(v(g=0.0), euler * x0)
-
-    def g(t):  # g^2 = -d/dt sigma_t^2 = -2 sigma dsigma, the default
-        times.append(round(t, 6))
-        return math.sqrt(1 - t / 2)
-
-    assert_close(v(), v(g=g), rtol=1e-6, atol=1e-6)
-    assert times == [0.2, 0.4]  # and none at the last step, which is the ODE's
-    assert not torch.equal(v(), v(g=1.1)) and not v().requires_grad
-    path = OTPath(0.3)
-    u = Marginal(path, randn(3, 2))
-    assert_close(draw(u, path, (4, 2), steps=1, g=2.0), x0 + u(0.0, x0))
+@cases("g", [None, math.sqrt(0.9), lambda t: math.sqrt(1 - t / 2)], ids=["default", "g", "g(t)"])
+def test_sde_steps_are_those_of_euler_and_maruyama(g):
     generator = torch.Generator().manual_seed(3)
-    x0, z = (randn(4, 2, generator=generator) for _ in range(2))
-    half = x0 + 0.5 * (u(0.0, x0) + 2 * u.score(0.0, x0)) + math.sqrt(0.5) * 2 * z
-    assert_close(draw(u, path, (4, 2), steps=2, g=2.0), half + 0.5 * u(0.5, half))
+    x, z = (randn(4, 2, generator=generator) for _ in range(2))
+    y = torch.full((4, 1), 0.5).double().requires_grad_()
+    samples = draw(lambda t, x, y: y * t[:, None] * x, INNER, (4, 2), steps=2, g=g, y=y)
+    v_t = 0.5 * 0.2 * x
+    score = (0.2 * v_t - x) / 0.9  # alpha = t, sigma = 1 - t / 2; g^2 = -2 sigma dsigma = sigma
+    x = x + 0.3 * (v_t + 0.9 / 2 * score) + math.sqrt(0.3 * 0.9) * z
+    x = x + 0.3 * 0.5 * 0.5 * x  # the last step is the ODE's
+    assert_close(samples, x, atol=1e-6, rtol=1e-6)
+    assert not samples.requires_grad
+
+
+def test_sde_needs_no_score_where_its_diffusion_is_0():
+    path = AffinePath(lambda t: t**2, lambda t: 1 - t)  # at rest at t = 0, where v tells no score
+    assert draw(itself, path, (4, 2), steps=5, g=lambda t: 0.0).isfinite().all()
 
 
 def test_eq38_forward_sde_of_vp_and_ve_and_the_probability_flow_of_eq40():
-    (t, _, x), data = batch(), randn(4, 3)
+    t, _, x = batch()
     s = 1 - t[:, None]
-    beta, sigma = 0.1 + 19.9 * s, 0.01 * 1000**s
+    beta = 0.1 + 19.9 * s
     assert_close(VP.forward_sde(t, x), (-beta / 2 * x, beta.sqrt()))
-    assert_close(fm.VEPath().forward_sde(t, x), (0 * x, (2 * math.log(1000)) ** 0.5 * sigma))
-    for path in (VP, fm.VEPath(0.1, 12.0)):
-        (f, g), marginal = path.forward_sde(t, x), Marginal(path, data)
-        flow = f - g**2 / 2 * marginal.score(t, x)  # w_t of Eq. (40), in the time t = 1 - s
+    sigma = 0.01 * 1000**s
+    assert_close(VE.forward_sde(t, x), (0 * x, (2 * math.log(1000)) ** 0.5 * sigma))
+    for path in (VP, VEPath(0.1, 12.0)):
+        f, g = path.forward_sde(t, x)
+        marginal = Marginal(path, randn(4, 3))
+        flow = f - g**2 / 2 * marginal.score(t, x)  # w_t of Eq. (40), in the time s = 1 - t
         assert_close(marginal(t, x), -flow)
 
 
-def labelled(t, x, y=1.0, z=0.0):
-    return x * y + z
+@cases("scale, factor", [(0.0, 1), (1.0, 5), (3.0, 13)])
+def test_guidance_drops_what_it_is_told_and_scales_the_difference(scale, factor):
+    def labelled(t, x, y=1.0, z=0.0):
+        return x * y + z
 
-
-def test_guidance_drops_what_it_is_told_and_scales_the_difference():
-    t, x, y = torch.rand(3), torch.randn(3, 2), torch.full((3, 1), 5.0)
-    for scale, factor in ((0.0, 1), (1.0, 5), (3.0, 13)):
-        guided = fm.classifier_free_guidance(labelled, scale)
-        assert_close(guided(t, x, y=y, z=2.0), factor * x + 2)  # z is in both calls
-        end = odeint(guided, x, method="euler", steps=1, y=y).x
-        assert_close(end, (1 + factor) * x)
-    guided = fm.classifier_free_guidance(labelled, 3.0, drop=("y", "z"))
-    assert_close(guided(t, x, y=y, z=2.0), 13 * x + 6)
+    x, y = torch.randn(3, 2), torch.full((3, 1), 5.0)
+    guided = fm.classifier_free_guidance(labelled, scale)
+    assert_close(guided(0.5, x, y=y, z=2.0), factor * x + 2)  # z is in both calls
+    guided = fm.classifier_free_guidance(labelled, scale, drop=("y", "z"))
+    assert_close(guided(0.5, x, y=y, z=2.0), factor * x + scale * 2)
     for cond in ({}, {"c": y}):  # it would do nothing at double cost
         names = re.escape(str([*cond]))
         with pytest.raises(ValueError, match=rf"drops \('y', 'z'\), .* got {names}"):
-            guided(t, x, **cond)
+            guided(0.5, x, **cond)
 
 
 class Dropping(torch.nn.Dropout):
@@ -950,10 +760,7 @@ class Dropping(torch.nn.Dropout):
         return super().forward(x)
 
 
-CALLS = ["odeint(v, x)", "fm.sample(v, OT, (4, 2))", "fm.sample_sde(v, OT, (4, 2), 2)"]
-
-
-@cases("call", [*CALLS, "log_prob(v, x, OT)"])
+@cases("call", ["sample(v, OT, (4, 2))", "fm.sample_sde(v, OT, (4, 2), 2)", "log_prob(v, x, OT)"])
 def test_dropout_at_work_is_told_once(call, recwarn):
     for v, count in ((Dropping(0.0), 0), (Dropping(1e-9).eval(), 0), (Dropping(1e-9), 1)):
         eval(call, globals(), {**INPUTS, "v": v})
@@ -963,44 +770,42 @@ def test_dropout_at_work_is_told_once(call, recwarn):
 
 # ---- 5 Likelihood ----
 
-A = double([[0.7, 0.4, 0.0], [-0.3, -0.2, 0.5], [0.1, 0.0, 0.3]])  # tr A = 0.8
-
-
-def linear(t, x):
-    return x @ A.T
-
 
 @cases("options", [TIGHT, {"method": "rk4", "steps": 60}])
 def test_eq33_eq34_log_prob_of_a_linear_field_and_the_standard_error_of_its_probes(options):
-    x1, M = randn(5, 3), torch.linalg.matrix_exp(A)  # x1 = M x0, x0 ~ N(0, I)
+    A = double([[0.7, 0.4, 0.0], [-0.3, -0.2, 0.5], [0.1, 0.0, 0.3]])
+    solve = partial(log_prob, lambda t, x: x @ A.T, path=OT, **options)
+    x1 = randn(5, 3)
+    M = torch.linalg.matrix_exp(A)  # x1 = M x0, x0 ~ N(0, I)
     expected = MultivariateNormal(torch.zeros(3).double(), M @ M.T).log_prob(x1)
-    record = log_prob(linear, x1, OT, **options)
-    assert_close(record.log_prob, expected, atol=1e-7, rtol=0)
-    assert_close(record.x0, x1 @ torch.linalg.inv(M).T, atol=1e-7, rtol=0)
+    record = solve(x1)
+    assert_near(record.log_prob, expected, 1e-7)
+    assert_near(record.x0, x1 @ torch.linalg.inv(M).T, 1e-7)
     assert record.std_err.tolist() == [0.0] * 5
     torch.manual_seed(7)
-    record = log_prob(linear, x1, OT, "hutchinson", probes=4, **options)
+    record = solve(x1, divergence="hutchinson", probes=4)
     torch.manual_seed(7)
     probes = torch.randint(2, (5, 4, 3)).double() * 2 - 1
     traces = (probes @ A * probes).sum(2)  # eps^T A eps, (5, 4)
-    assert_close(record.log_prob, expected + A.trace() - traces.mean(1), atol=1e-7, rtol=0)
+    assert_near(record.log_prob, expected + A.trace() - traces.mean(1), 1e-7)
     variance = (traces - traces.mean(1, keepdim=True)).square().sum(1) / 3
     assert_close(record.std_err, (variance / 4).sqrt())
-    assert log_prob(linear, x1, OT, "hutchinson").std_err.isnan().all()
+    assert solve(x1, divergence="hutchinson").std_err.isnan().all()
 
 
 def test_eq34_probes_are_drawn_once_a_solve():
-    weights, x1 = torch.randn(8, 8), torch.randn(16, 8)
-    solve = partial(log_prob, lambda t, x: torch.tanh(x @ weights), x1, OT)
+    weights = torch.randn(8, 8)
+    solve = partial(log_prob, lambda t, x: torch.tanh(x @ weights), torch.randn(16, 8), OT)
     assert solve("hutchinson").nfe.sum() < 1.5 * solve("exact").nfe.sum()  # else thousands
 
 
-@cases("path, atol", [(OTPath(0.1), 1e-5), (fm.VEPath(0.2, 12.0), 0.1)], ids=["OT", "VE"])
+@cases("path, atol", [(OTPath(0.1), 1e-5), (VEPath(0.2, 12.0), 0.1)], ids=["OT", "VE"])
 def test_appendix_c_log_prob_of_the_exact_marginal_field(path, atol):
     data = randn(5, 2)  # on VE p_0 = N(0, 12^2 I) leaves the data out
-    marginal, x1 = Marginal(path, data), data + 0.1 * randn(5, 2)
+    marginal = Marginal(path, data)
+    x1 = data + 0.1 * randn(5, 2)
     record = log_prob(marginal, x1, path, rtol=1e-8, atol=1e-8)
-    assert_close(record.log_prob, marginal.log_prob(1.0, x1), atol=atol, rtol=0)
+    assert_near(record.log_prob, marginal.log_prob(1.0, x1), atol)
 
 
 def test_log_determinant_is_controlled_on_its_own():
@@ -1008,112 +813,97 @@ def test_log_determinant_is_controlled_on_its_own():
         return torch.cat([torch.sin(9 * x[:, :1] + 3 * t[:, None]), 0 * x[:, 1:]], 1)
 
     x1 = torch.randn(10, 1)
-    exact = log_prob(v, x1.double(), OT, **TIGHT).log_prob
+    exact = log_prob(v, x1.double(), OT, **TIGHT).log_prob.float()
     for d in (1, 1000):
         padded = torch.cat([x1, torch.zeros(10, d - 1)], 1)
-        log_p = log_prob(v, padded, OT, "hutchinson").log_prob.double()
-        assert_close(log_p + (d - 1) / 2 * math.log(2 * math.pi), exact, atol=2e-3, rtol=0)
+        log_p = log_prob(v, padded, OT, "hutchinson").log_prob
+        assert_near(log_p + (d - 1) / 2 * math.log(2 * math.pi), exact, 2e-3)
     nfe = odeint(shaken, x1, (1, 0)).nfe  # nor is the point diluted by its probes
     assert torch.equal(log_prob(shaken, x1, OT, "hutchinson", probes=999).nfe, nfe)
 
 
+WEIGHT = torch.nn.Parameter(torch.tensor([[1.0, -0.5], [0.7, 0.3], [0.2, 0.9]]))
+
+
+def network(t, x, y=1.0):
+    return torch.tanh(torch.cat([x * y, t[:, None]], 1) @ WEIGHT)
+
+
+@cases("v", [constant, lambda t, x: WEIGHT[0, 0].expand_as(x)], ids=["constant", "weight"])
 @cases("divergence", ["exact", "hutchinson"])
-def test_log_prob_of_fields_that_ignore_x(divergence):
-    x1, weight = torch.randn(3, 3, 4, 4), torch.nn.Parameter(torch.ones(()))
-    for v in (constant, lambda t, x: weight.expand_as(x)):
-        record = log_prob(v, x1, OT, divergence)
-        assert_close(record.log_prob, standard_normal(x1 - 1), atol=1e-3, rtol=0)
-    path = AffinePath(lambda t: t, lambda t: 1 - t / 2, (0.2, 0.8))  # solved from 0.8 to 0.2
-    assert_close(log_prob(constant, x1, path, divergence).x0, x1 - 0.6, atol=1e-4, rtol=0)
+@cases("path, shift", [(OT, 1.0), (VE, 1.0), (INNER, 0.6)], ids=["OT", "VE", "0.8 to 0.2"])
+def test_log_prob_of_fields_that_ignore_x(v, divergence, path, shift):
+    x1 = torch.randn(3, 2, 4, 4)
+    record = log_prob(v, x1, path, divergence)
+    assert_near(record.x0, x1 - shift, 1e-4)
+    assert_near(record.log_prob, standard_normal(x1 - shift, path.source_std), 1e-3)
 
 
-@cases("shape", [(4,), (1,), (1, 2, 3), (2, 1500)])  # the last in two chunks
+@cases("shape", [(4,), (1, 2, 3), (2, 1500)], ids=str)  # the last in two chunks
 def test_log_prob_of_any_shape(shape):
     x1 = torch.randn(shape)
     record = log_prob(lambda t, x: 0.3 * x, x1, OT)
-    assert record.log_prob.shape == record.nfe.shape == shape[:1] and record.x0.shape == shape
-    expected = standard_normal(x1.reshape(shape[0], -1), math.exp(0.3))
+    assert record.nfe.shape == shape[:1] and record.x0.shape == shape
+    expected = standard_normal(x1.reshape(len(x1), -1), math.exp(0.3))
     assert_close(record.log_prob, expected, atol=0.01, rtol=1e-5)
 
 
-class MLP(torch.nn.Sequential):
-    def __init__(self):
-        super().__init__(torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2))
-
-    def forward(self, t, x, y):
-        return super().forward(torch.cat([x * y[:, None], t[:, None]], 1))
-
-
-def test_log_prob_under_inference_mode_and_autocast():
-    v, x1, y = MLP(), torch.randn(6, 2), torch.ones(6)
-    plain = log_prob(v, x1, OT, y=y).log_prob
+def test_log_prob_under_inference_mode_is_the_same():
+    x1, y = torch.randn(6, 2), torch.rand(6, 1)
+    plain = log_prob(network, x1, OT, y=y)
     with torch.inference_mode():
-        assert torch.equal(log_prob(v, x1 + 0, OT, y=y + 0).log_prob, plain)
+        assert_close(log_prob(network, x1 + 0, OT, y=y + 0), plain)
+
+
+def test_autocast_is_for_the_network_alone():
+    x1, x = torch.randn(6, 2), torch.randn(3, 40)
+    plain = log_prob(network, x1, OT, **RK4).log_prob
     marginal = Marginal(OT, torch.randn(50, 40))
-    x = torch.randn(3, 40)
-    seen = []
     exact = marginal(0.5, x)
     with torch.autocast("cpu", torch.bfloat16):  # v in bfloat16, the solver in float32
-        log_p = log_prob(v, x1, OT, method="rk4", steps=8, y=y).log_prob
+        assert network(torch.ones(6), x1).dtype == torch.bfloat16
+        assert_near(log_prob(network, x1, OT, **RK4).log_prob, plain, 0.1)
         end = odeint(constant, torch.full((2, 2), 1000.0), method="euler", steps=64).x
-        odeint(lambda t, x: seen.append(x @ x.mT) or x, x)
         assert_close(marginal(0.5, x), exact)
-    assert_close(log_p, plain, atol=0.1, rtol=0)
-    assert end.eq(1001).all() and seen[0].dtype == torch.bfloat16
+    assert end.eq(1001).all()
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile's own
 def test_log_prob_of_a_compiled_network(monkeypatch):
     """It has no batched backward, and by default allows one backward only."""
-    net, x1, y = MLP(), torch.randn(6, 2), torch.ones(6)
-    plain = log_prob(net, x1, OT, y=y).log_prob
-    compiled = torch.compile(net, backend="aot_eager")
-    assert log_prob(compiled, x1, OT, "hutchinson", y=y).log_prob.isfinite().all()
+    x1 = torch.randn(6, 2)
+    plain = log_prob(network, x1, OT)
+    compiled = torch.compile(network, backend="aot_eager")
+    assert log_prob(compiled, x1, OT, "hutchinson").log_prob.isfinite().all()
     config = importlib.import_module("torch._functorch.config")
     torch._dynamo.reset()
-    if hasattr(config, "donated_buffer"):
-        monkeypatch.setattr(config, "donated_buffer", False)
-    assert_close(log_prob(compiled, x1, OT, y=y).log_prob, plain)  # row by row
-
-
-def hooked_sine(hook):
-    """sin(x), and on the way back hook(gradient)."""
-
-    def v(t, x):
-        y = x.sin()
-        y.register_hook(hook)
-        return y
-
-    return v
+    monkeypatch.setattr(config, "donated_buffer", False, raising=False)
+    assert_close(log_prob(compiled, x1, OT), plain)  # row by row
 
 
 def test_divergence_goes_row_by_row_without_a_batching_rule_but_hides_no_other_error():
-    x1 = randn(4, 3)
     calls = []
 
     def out_of_memory(gradient):
         calls.append(gradient)
         raise RuntimeError("CUDA out of memory")
 
-    expected = log_prob(lambda t, x: x.sin(), x1, OT)
+    def solve(hook):
+        def v(t, x):
+            y = x.sin()
+            y.register_hook(hook)  # on the way back
+            return y
+
+        return log_prob(v, double([[0.3, -1.0], [2.0, 0.7]]), OT)
+
     for hook in (lambda g: torch.from_numpy(g.numpy()), lambda g: g * (g.data_ptr() > 0)):
-        assert_close(log_prob(hooked_sine(hook), x1, OT), expected)
+        assert_close(solve(hook), solve(lambda g: g))
     with pytest.raises(RuntimeError, match="out of memory"):
-        log_prob(hooked_sine(out_of_memory), x1, OT)
+        solve(out_of_memory)
     assert len(calls) == 1
 
 
-def test_channels_last_and_transposed_input():
-    x = torch.randn(3, 2, 4, 4)
-    for y in (x.contiguous(memory_format=torch.channels_last), x.mT.contiguous().mT):
-        assert torch.equal(odeint(wave, y).x, odeint(wave, x).x)
-        assert_close(log_prob(wave, y, OT), log_prob(wave, x, OT))
-
-
-SOLVES = [{}, {"divergence": "hutchinson", "probes": 3}, {"method": "rk4", "steps": 5}]
-
-
-@cases("options", SOLVES, ids=str)
+@cases("options", [{}, {"divergence": "hutchinson", "probes": 3}], ids=str)
 def test_differentiable_log_prob_has_the_gradient_of_finite_differences(options):
     def log_p(a, x1, differentiable=True):
         def v(t, x):
@@ -1132,30 +922,26 @@ def test_eq37_bits_of_the_standard_normal_are_those_of_its_mass_in_every_pixel()
     left = images.double() / 128 - 1
     mass = Normal(0, 1).cdf(left + 1 / 128) - Normal(0, 1).cdf(left)
     record = fm.bits_per_dim(still, images, OT)
-    assert_close(record.bpd.double(), -mass.log2().mean(1), atol=1e-3, rtol=0)
+    assert_near(record.bpd.double(), -mass.log2().mean(1), 1e-3)
 
 
 def test_eq47_is_the_mean_of_k_densities(monkeypatch):
-    log_ps = []
+    p = torch.tensor([1.0, 2.0, 5.0])
     seen = []
 
     def fake_log_prob(v, y, *args):
         seen.append(y)
-        twos = torch.full((2,), 2.0)
-        return fm.LogProb(torch.tensor(log_ps.pop()), twos, y, twos.int())
+        two = torch.full((1,), 2.0)
+        return fm.LogProb(p.log()[[len(seen) - 1]] - 100, two, y, two.int())
 
     monkeypatch.setattr(fm, "log_prob", fake_log_prob)
-    bits = partial(fm.bits_per_dim, None, torch.full((2, 5), 200, dtype=torch.uint8), OT)
-    log_ps[:] = [-100.0, -50.0], [-101.0, -50.0], [-103.0, -50.0]
-    record = bits(K=3)
+    record = fm.bits_per_dim(None, torch.full((1, 9), 200, dtype=torch.uint8), OT, K=3)
     u = (torch.stack(seen) + 1) * 128 - 200  # the dequantisation noise, new for every draw
-    assert 0 <= u.min() and u.max() < 1 and u.unique().numel() == 30 and u.std() > 0.2
-    log_mean = math.log((1 + math.exp(-1) + math.exp(-3)) / 3)
-    assert_close(record.bpd, torch.tensor([100 - log_mean, 50.0]) / (5 * math.log(2)) + 7)
-    assert_close(record.std_err[1].item(), 2 / math.sqrt(3) / (5 * math.log(2)))
-    assert record.nfe.tolist() == [6, 6]
-    log_ps[:] = ([5 * math.log(0.5), 0.0],)  # uniform on [-1, 1)^5 has exactly 8 bits; one draw
-    assert_close(bits().bpd, torch.tensor([8.0, 7.0]))
+    assert 0 <= u.min() and u.max() < 1 and u.unique().numel() == 27 and u.std() > 0.2
+    bits = 9 * math.log(2)
+    assert_close(record.bpd.item(), (100 - math.log(8 / 3)) / bits + 7)
+    assert_close(record.std_err.item(), 2 * math.sqrt(1 + 4 + 25) / 8 / bits)
+    assert record.nfe.tolist() == [6]
 
 
 # ---- 6 UNet ----
@@ -1169,12 +955,11 @@ DEEP = dict(PAPER, num_res_blocks=3, attention_resolutions=(32, 16, 8))
 
 def filled(net):
     """The network with every weight a fixed function of its place, so that no branch is zero."""
-    with torch.no_grad():
-        for i, p in enumerate(net.parameters()):
-            k = torch.arange(p.numel(), dtype=torch.float64)
-            w = torch.sin(0.7 * k + 0.01 * k * k + i)
-            w = 1 + 0.1 * w if p.dim() == 1 else 1.5 * w / (p.numel() / len(p)) ** 0.5
-            p.copy_(w.reshape(p.shape))
+    for i, p in enumerate(net.parameters()):
+        k = torch.arange(p.numel(), dtype=torch.float64)
+        w = torch.sin(0.7 * k + 0.01 * k * k + i)
+        w = 1 + 0.1 * w if p.dim() == 1 else 1.5 * w / (p.numel() / len(p)) ** 0.5
+        p.data.copy_(w.reshape(p.shape))
     return net.eval()
 
 
@@ -1182,9 +967,8 @@ def small(dtype=torch.float64, **settings):
     return filled(UNet(**{**SMALL, **settings})).to(dtype)
 
 
-def pictures(b=3, c=3, size=8, dtype=torch.float64):
-    torch.manual_seed(0)
-    return torch.rand(b, dtype=dtype), torch.randn(b, c, size, size, dtype=dtype)
+def pictures(dtype=torch.float64):
+    return torch.rand(3, dtype=dtype), torch.randn(3, 3, 8, 8, dtype=dtype)
 
 
 TABLE_3 = [
@@ -1210,28 +994,26 @@ def test_outputs_of_the_published_network():
     config = dict(channels=32, channel_mult=(1, 2, 2), num_res_blocks=1, head_channels=32)
     net = filled(UNet(**config, time_scale=1)).double()
     x = torch.sin(0.37 * torch.arange(2 * 3 * 32 * 32, dtype=torch.float64)).reshape(2, 3, 32, 32)
-    expected = [
-        [1.458142932449, 1.072046580891, 1.641922546993],
-        [0.984202775110, 1.452158185563, 2.068227448654],
-    ]
-    v = net(double([0.2, 0.9]), x)[:, :, 5, 11]
-    assert_close(v, double(expected), rtol=0, atol=1e-8)
+    first, second = net(double([0.2, 0.9]), x)[:, :, 5, 11]
+    assert_near(first, double([1.458142932449, 1.072046580891, 1.641922546993]), 1e-8)
+    assert_near(second, double([0.984202775110, 1.452158185563, 2.068227448654]), 1e-8)
 
 
-@cases("dtype, atol", [("float64", 1e-11), ("float32", 1e-4), ("bfloat16", 4e-3)])
+@cases("dtype, atol", [(torch.float64, 1e-11), (torch.float32, 1e-4), (torch.bfloat16, 4e-3)])
 def test_time_embedding_sees_1000_t(dtype, atol):
-    net = small(getattr(torch, dtype))
+    net = small(dtype)
     seen = []
     net.embed.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs))
-    net(double(0.7313), torch.zeros(1, 3, 8, 8, dtype=net.head[2].weight.dtype))
+    net(double(0.7313), torch.zeros(1, 3, 8, 8, dtype=dtype))
     angles = 731.3 * 10 ** (-4 / 3 * torch.arange(3).double())  # 6 channels, 3 frequencies
     expected = torch.cat([angles.cos(), angles.sin()])
-    assert_close(seen[0][0].double(), expected, rtol=0, atol=atol)
-    assert seen[0].dtype == net.head[2].weight.dtype
+    assert_near(seen[0][0].double(), expected, atol)
+    assert seen[0].dtype == dtype
 
 
 def test_time_formats_and_batch_independence():
-    net, (t, x) = small(), pictures()
+    net = small()
+    t, x = pictures()
     each = torch.cat([net(float(t[i]), x[i : i + 1]) for i in range(3)])
     assert_close(net(t, x), each)
     assert_close(net(t[1], x), net(t[1].expand(3), x))
@@ -1242,50 +1024,40 @@ def test_time_formats_and_batch_independence():
 
 
 def test_a_new_network_is_zero_and_dropout_is_for_training():
-    t, x = pictures(dtype=torch.float32)
-    assert not UNet(**SMALL, dropout=0.5)(t, x).any()
+    inputs = pictures()
+    assert not UNet(**SMALL).double()(*inputs).any()
     h, emb = torch.randn(2, 6, 4, 4), torch.randn(2, 24)
     assert torch.equal(fm.Attention(6, 6)(h), h)
     assert torch.equal(fm.ResBlock(6, 6, 24, 0.5)(h, emb), h)
-    net = small(torch.float32, dropout=0.5)
-    assert torch.equal(net(t, x), net(t, x))
-    assert not torch.equal(net.train()(t, x), net(t, x))
+    net = small(dropout=0.5)
+    assert torch.equal(net(*inputs), net(*inputs))
+    assert not torch.equal(net.train()(*inputs), net(*inputs))
 
 
 def test_labels_and_conditioning_image():
-    net, (t, x) = small(num_classes=2, cond_channels=1), pictures()
-    y, cond = torch.tensor([0, 1, 2]), torch.ones(3, 1, 8, 8)
-    v, free = net(t, x, y, cond), net(t, x, cond=cond)
-    differs = (v - free).abs().amax((1, 2, 3)) > 1e-3
+    net = small(num_classes=2, cond_channels=1)
+    t, x = pictures()
+    y = torch.tensor([0, 1, 2])
+    cond = torch.ones(3, 1, 8, 8)
+    v = net(t, x, y, cond)
+    differs = (v - net(t, x, cond=cond)).abs().amax((1, 2, 3)) > 1e-3
     assert differs.tolist() == [True, True, False]  # class 2 of 2 is "no label"
     assert (net(t, x, y, 2 * cond) - v).abs().max() > 1e-3
     in_float32 = net.float()(t, x.float(), y, cond.double())  # cond of its own precision
     assert_close(in_float32, v.float(), rtol=1e-3, atol=1e-4)
 
 
-def test_gradient_reaches_every_parameter():
-    net, (t, x) = small(num_classes=2, cond_channels=1).train(), pictures()
-    net(t, x, torch.tensor([0, 1, 2]), x[:, :1]).square().mean().backward()
-    assert all(p.grad.abs().sum() > 1e-6 for p in net.parameters())
-    assert net.label.weight.grad.abs().sum(1).min() > 1e-6
-
-
 def test_eq4_likelihood_of_the_network_against_the_determinant_of_its_flow():
     options = dict(y=torch.tensor([0, 1]), method="rk4", steps=6)
+    net = small(image_size=4, in_channels=1, out_channels=1, num_classes=2)
     x0 = randn(2, 1, 4, 4)
-    net = small(
-        image_size=4, in_channels=1, out_channels=1, num_classes=2, attention_resolutions=()
-    )
-
-    def flow(x):
-        return odeint(net, x, **options).x
-
+    flow = partial(odeint, net, **options)
     with sdpa_kernel(SDPBackend.MATH):
-        jacobian = torch.autograd.functional.jacobian(lambda x: flow(x).sum(0), x0)
+        jacobian = torch.autograd.functional.jacobian(lambda x: flow(x).x.sum(0), x0)
     log_det = torch.linalg.slogdet(jacobian.reshape(16, 2, 16).movedim(1, 0))[1]
-    solve = partial(log_prob, net, flow(x0).detach(), OT, **options)
+    solve = partial(log_prob, net, flow(x0).x.detach(), OT, **options)
     log_p = solve(differentiable=True).log_prob
-    assert_close(log_p, standard_normal(x0) - log_det, atol=1e-3, rtol=0)
+    assert_near(log_p, standard_normal(x0) - log_det, 1e-3)
     weight = net.middle[1].qkv.weight
     (gradient,) = torch.autograd.grad(log_p.sum(), weight)  # against finite differences
     weight.data += 1e-6 * gradient
@@ -1295,11 +1067,11 @@ def test_eq4_likelihood_of_the_network_against_the_determinant_of_its_flow():
 
 def test_group_norm_keeps_bfloat16_under_autocast(monkeypatch):
     norm = fm.GroupNorm(48)
-    x = torch.randn(2, 48, 4, 4).bfloat16()
+    x = 0.003 * torch.randn(2, 48, 4, 4).bfloat16()  # of a variance like epsilon, 1e-5
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
-    expected = F.group_norm(x.float(), 16, norm.weight, norm.bias)
     group_norm = F.group_norm
+    expected = group_norm(x.float(), 16, norm.weight, norm.bias).bfloat16()
 
     def guarded(x, groups, weight, *rest):  # a GPU's autocast would compute in float32
         assert weight.dtype == torch.bfloat16 and not torch.is_autocast_enabled("cpu")
@@ -1308,8 +1080,7 @@ def test_group_norm_keeps_bfloat16_under_autocast(monkeypatch):
     monkeypatch.setattr(F, "group_norm", guarded)
     with torch.autocast("cpu", torch.bfloat16):
         y = norm(x)
-    assert y.dtype == torch.bfloat16
-    assert_close(y.float(), expected, rtol=0.02, atol=0.02)
+    assert_close(y, expected, rtol=0.02, atol=0.02)
 
 
 def test_compiles_without_a_graph_break():
@@ -1317,15 +1088,11 @@ def test_compiles_without_a_graph_break():
     assert_close(torch.compile(net, backend="eager", fullgraph=True)(*inputs), net(*inputs))
 
 
-def test_config_and_weights_survive_a_safe_checkpoint():
-    (t, x), net, file = pictures(), small(num_classes=2), io.BytesIO()
-    torch.save({"config": net.config, "net": net.state_dict()}, file)
-    file.seek(0)
-    state = torch.load(file, weights_only=True)
-    again = UNet(**state["config"]).double().eval()
-    again.load_state_dict(state["net"])
-    assert torch.equal(again(t, x), net(t, x))
-    assert json.loads(json.dumps(net.config)) == again.config  # so no tuples
+def test_config_builds_the_network_again_also_from_json():
+    net, inputs = small(num_classes=2), pictures()
+    again = UNet(**json.loads(json.dumps(net.config))).double().eval()
+    again.load_state_dict(net.state_dict())
+    assert torch.equal(again(*inputs), net(*inputs)) and again.config == net.config
 
 
 def adm(net):
@@ -1337,11 +1104,11 @@ def adm(net):
 
 
 def test_from_adm():
-    net, (t, x) = small(torch.float32, time_scale=1), pictures(dtype=torch.float32)
+    net, inputs = small(torch.float32, time_scale=1), pictures(torch.float32)
     good, other = adm(net), adm(UNet(**SMALL))
     for checkpoint in (good, {"net_model": other, "ema_model": good}, {"net_model": good}):
         loaded = UNet.from_adm(checkpoint, **SMALL).eval()
-        assert torch.equal(loaded(t, x), net(t, x))
+        assert torch.equal(loaded(*inputs), net(*inputs))
     assert UNet.from_adm(other, time_scale=5.0, **SMALL).config["time_scale"] == 5
     for changed in ({"num_res_blocks": 2}, {"channels": 12}, {"num_classes": 2}):
         with pytest.raises(RuntimeError, match="size mismatch"):
@@ -1352,51 +1119,54 @@ def test_from_adm():
 
 # ---- 7 Checks ----
 
+SLIPS = ["cfm_loss(v, OT, x, x)", "log_prob(v, x)", "fm.bits_per_dim(v, x.byte())"]
 REFUSALS = {
     "OTPath(-0.1)": r"sigma_min must lie in \[0, 1\); got -0.1",
     "VPPath(5.0, 1.0)": "0 <= beta_min <= beta_max",
     "VPPath(0.1, 2.0)": "at most 0.1.*raise beta_max.*check_ends=False.*got 0.5",
-    "fm.VEPath(0.0, 10.0)": "0 < sigma_min < sigma_max",
-    "fm.VEPath(0.1, 4.0)": "at most 0.1.*raise sigma_max.*got 1.0; got 4.0",
+    "VEPath(0.0, 10.0)": "0 < sigma_min < sigma_max",
+    "VEPath(0.1, 4.0)": "at most 0.1.*raise sigma_max.*got 1.0; got 4.0",
     "AffinePath(lambda t: 2 * t, lambda t: 1 - t)": r"alpha\(1\) must be 1.*got 2.0",
     "AffinePath(lambda t: .5 + .5 * t, lambda t: 1 - t)": r"let alpha\(0\) be 0.*got 0.5",
+    "AffinePath(lambda t: 1.5 * t - .5, lambda t: 1 - t)": r"let alpha\(0\) be 0.*got -0.5",
     "AffinePath(lambda t: 1 - t, lambda t: t)": r"sigma\(0\) must be > 0.*got 0.0; got 1.0",
     "AffinePath(lambda t: t, lambda t: 1 - 2 * t)": r"sigma\(1\) in \[0, sigma\(0\)\)",
-    "AffinePath(lambda t: 1.0, lambda t: 1 - t)": "alpha and sigma must be torch functions .*got 1.0",
+    "AffinePath(lambda t: 1.0, lambda t: 1 - t)": "alpha and sigma must be torch .*got 1.0",
     "VP.u(1.0, x, x)": r"sigma_t is 0 .* t_span \(0.0, 0.99999\)",
     "OT.convert(0.5, x, x, 'eps', 'data')": "source must be velocity, score, noise or data; got",
     "cfm_loss(v, OTPath, x)": "path must be a ConditionalFlow such as .*no class",
     "cfm_loss(v, OT, x.long())": r"x1 must be floating .*; got torch.int64 of shape \(4, 2\)",
     "cfm_loss(v, OT, x[:0])": "B >= 1",
-    "cfm_loss(v, OT, x.where(x < x.max(), math.nan))": "x1 must be finite; 1 of its 8",
+    "cfm_loss(v, OT, x.where(x < x.max(), math.nan))": "x1 must be finite; got torch.float32 of shape",
     "cfm_loss(v, OT, x, y=x[:3])": r"y is no option .* 4 rows; got torch.float32 of shape \(3, 2",
     "cfm_loss(v, OT, x, predict='x0')": "predict must be",
-    "cfm_loss(v, CubicFlow(), x, predict='score')": "path must be a GaussianPath",
+    "cfm_loss(v, CurvedFlow(), x, predict='score')": "path must be a GaussianPath",
     "cfm_loss(v, OT, x, reduction='sum')": "reduction must be 'mean' or 'none'; got 'sum'",
     "cfm_loss(v, OT, x, x0=x, noise=x)": "x0, your pairs, and noise, .* alternatives",
     "cfm_loss(v, VP, x, x0=x)": "x0 cannot be paired on VPPath.*give noise",
-    "cfm_loss(v, OT, x, t=torch.rand(4, 1))": r"t must have shape \(\) or \(4,\).*of shape \(4, 1\)",
+    "cfm_loss(v, OT, x, t=torch.rand(4, 1))": r"t must have shape \(\) or \(4,\).*\(4, 1\)",
     "cfm_loss(v, OT, x, t=torch.tensor([0, 0, 1.5, 1]))": "t must lie .* got 0 to 1.5",
     "cfm_loss(v, OT, x, x0=x[:2])": r"x0 or noise must have the shape of x1.*\(2, 2\)",
     "cfm_loss(v, OT, x, weight='beta')": r"'beta' \(on VPPath\).*got 'beta'; got OTPath",
     "cfm_loss(lambda t, x: x[:1], OT, x)": r"v must return the shape of x, \(4, 2\); got",
     "cfm_loss(lambda t, x: (x, x), OT, x)": "v must return the shape of x.*got tuple",
     "fm.as_velocity(v, VP, 'eps')": "predict must be velocity, .*; got 'eps'",
-    "fm.as_velocity(v, VP, 'score')(1.0, x)": r"at t = 1 .*t_span \(0.0, 0.99999\)",
     "fm.ot_coupling(x, x[:2])": "x0 and x1 must have one shape",
     "Marginal(OT, x * math.inf)": "data must be finite",
     "odeint(v, x, step=10)": "step is no option here.*got 10",
     "odeint(v, x, (0, 1, 0.5))": "all rising or all falling",
     "odeint(v, x, (0.5, 0.5 + 1e-12))": "all falling in torch.float32",
+    "odeint(v, x, rtol=0, atol=0)": "rtol and atol must be >= 0, finite, and not both 0",
+    "odeint(v, x, rtol=-1e-3)": "rtol and atol must be >= 0.*got -0.001",
+    "odeint(v, x, atol=math.nan)": "rtol and atol must be >= 0.*got nan",
     "odeint(v, x, method='heun')": "one of euler, midpoint, rk4, dopri5; got 'heun'",
     "odeint(v, x, steps=10)": "dopri5 picks its own steps.*rk4.*got 10",
     "odeint(v, x, method='euler', steps=3, rtol=1e-3)": "rtol, atol and max_nfe are for dopri5",
-    "odeint(v, x, method='euler', steps=3, max_nfe=9)": "rtol, atol and max_nfe are for dopri5",
     "odeint(v, x, method='rk4')": "rk4 needs steps.*got None",
     "odeint(v, x, (0, 0.5, 1), method='rk4', steps=1)": "each of 2 intervals; got 1",
-    "fm.sample(v, OT, (4, 2), x0=x)": r"x0 is no option here.*odeint\(v, x0, t=path.t_span\)",
-    "fm.sample(v, OT, (4, 2), t=(1.0, 0.0))": r"t is no option here.*odeint.*\[::-1\] encodes",
-    "fm.sample_sde(v, CubicFlow(), (4, 2), 2)": "path must be a AffinePath",
+    "sample(v, OT, (4, 2), x0=x)": r"x0 is no option here.*odeint\(v, x0, t=path.t_span\)",
+    "sample(v, OT, (4, 2), t=(1.0, 0.0))": r"t is no option here.*odeint.*\[::-1\] encodes",
+    "fm.sample_sde(v, CurvedFlow(), (4, 2), 2)": "path must be a AffinePath",
     "log_prob(v, x, OT, divergence='trace')": "divergence must be 'exact' or 'hutchinson'",
     "log_prob(v, x, OT, probes=3)": "probes >= 1 are hutchinson's; got 3",
     "fm.bits_per_dim(v, x, OT)": r"images must be uint8 .*; got torch.float32 of shape \(4, 2\)",
@@ -1404,47 +1174,25 @@ REFUSALS = {
     "UNet(**{**SMALL, 'attention_resolutions': [16]})": r"among \[8, 4\]; got \[16\]",
     "UNet(**SMALL)(x[:, 0], torch.zeros(4, 3, 8, 8), y=x)": "y needs a network with num_classes",
 }
+REFUSALS |= dict.fromkeys(SLIPS, "argument")
 INPUTS = dict(v=itself, x=torch.randn(4, 2))
 
 
 @cases("call", REFUSALS)
 def test_bad_input_is_refused_with_the_way_out(call):
-    with pytest.raises(ValueError, match=REFUSALS[call]) as e:
+    kind = TypeError if call in SLIPS else ValueError
+    with pytest.raises(kind, match=REFUSALS[call]) as e:
         eval(call, globals(), INPUTS)
     assert "tensor(" not in str(e.value)
-
-
-@cases("call", ["cfm_loss(v, OT, x, x)", "log_prob(v, x)", "fm.bits_per_dim(v, x.byte())"])
-def test_signatures_prevent_silent_slips(call):
-    with pytest.raises(TypeError, match="argument"):
-        eval(call, globals(), INPUTS)
 
 
 def test_public_names_exist_and_are_documented():
     names = {}
     exec("from flow_matching import *", names)
     assert {*fm.__all__} == {*names} - {"__builtins__"}
-    for value in map(names.get, fm.__all__):
-        assert value.__doc__ or not callable(value)
-    for method in (UNet.forward, UNet.from_adm, AffinePath.convert, Marginal.posterior):
-        assert method.__doc__
-
-
-@cases("options", [{"rtol": 0, "atol": 0}, {"rtol": -1e-3}, {"atol": math.nan}], ids=str)
-def test_tolerances_that_no_step_can_meet_are_refused(options):
-    with pytest.raises(ValueError, match="rtol and atol must be >= 0, finite, and not both 0"):
-        odeint(still, torch.ones(2, 1), **options)
-
-
-def test_sde_needs_no_score_where_its_diffusion_is_0():
-    path = AffinePath(lambda t: t**2, lambda t: 1 - t)  # at rest at t = 0, where v tells no score
-    ode = sample_sde_of(path, lambda t: 0.0)
-    assert torch.equal(ode, sample_sde_of(path, 0.0))
-
-
-def sample_sde_of(path, g):
-    generator = torch.Generator().manual_seed(3)
-    return fm.sample_sde(itself, path, (4, 2), 5, g=g, generator=generator)
+    documented = [value for name, value in names.items() if name in fm.__all__ and callable(value)]
+    for value in (*documented, UNet.forward, UNet.from_adm, AffinePath.convert, Marginal.posterior):
+        assert value.__doc__
 
 
 # ---- The toy -------------------------------------------------------------------------------------
