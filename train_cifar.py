@@ -67,7 +67,7 @@ PAPER = "--channels 256 --dropout 0 --no-flip --batch 256 --steps 391000 --lr 5e
 PAPER += " --decay linear --clip 0 --ema 0"
 # Departure: ten minutes on two CPU cores, in many small steps.
 LAPTOP = "--size 28 --channels 48 --channel-mult 1,2,2 --num-res-blocks 1 --attention-resolutions 7"
-LAPTOP += " --dropout 0 --no-flip --batch 8 --steps 3000 --lr 1e-3 --warmup 150 --decay linear"
+LAPTOP += " --dropout 0 --no-flip --batch 8 --steps 3000 --lr 2e-3 --warmup 150 --decay linear"
 LAPTOP += " --ema 0.995 --solver midpoint:20 --preview-every 1000"
 RECIPES = {"modern": "", "paper": PAPER, "laptop": LAPTOP}
 CHOICES = dict(recipe=RECIPES, path=PATHS, objective=OBJECTIVES, precision=("fp32", "bf16"))
@@ -452,13 +452,14 @@ def print_bpd(args, v, images, source):
     for index in torch.arange(N).split(args.eval_batch)[args.rank :: args.world]:
         pixels, labels = fetch(args, images, index * len(images[0]) // N)  # folders go by class
         torch.manual_seed(digest(args.seed, "bpd", index[0].item()))
-        given = conditions(args, pixels, labels)
-        x = pixels.permute(0, 3, 1, 2)
-        result = bits_per_dim(v, x, PATHS[args.path](), args.K, **how, **given)
-        totals[:, index] = torch.stack([result.bpd, result.nfe / args.K]).cpu()
+        cond = conditions(args, pixels, labels)
+        bits = bits_per_dim(
+            v, pixels.permute(0, 3, 1, 2), PATHS[args.path](), args.K, **how, **cond
+        )
+        totals[:, index] = torch.stack([bits.bpd, bits.nfe / args.K]).cpu()
     bpd, nfe = sum_over_ranks(args, totals)
-    error = bpd.std() / N**0.5
-    print(f"{bpd.mean():.4f} +- {error:.4f} bits per dimension: mean and standard error of {N}")
+    mean_and_error = f"{bpd.mean():.4f} +- {bpd.std() / N**0.5:.4f}"
+    print(f"{mean_and_error} bits per dimension: mean and standard error of {N}")
     print(f"held-out images, {source}, K = {args.K}, NFE {nfe.mean():.1f}, {how}")
     if args.K > 1 and args.probes:
         print("biased low: K > 1 averages exponentials of Hutchinson's estimates")
@@ -479,7 +480,10 @@ def main(argv):
         kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         args.device = torch.device(kind)
         if kind == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            local_rank = int(os.environ.get("LOCAL_RANK", 0))
+            if local_rank >= torch.cuda.device_count():
+                raise ValueError("there are fewer GPUs than ranks: lower --nproc_per_node")
+            torch.cuda.set_device(local_rank)
         if args.world > 1:  # gloo carries what concerns the host, without a wait for the GPU
             backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
             torch.distributed.init_process_group(backend, timeout=timedelta(hours=12))
