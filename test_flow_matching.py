@@ -1199,7 +1199,7 @@ def test_public_names_exist_and_are_documented():
 # ---- The toy -------------------------------------------------------------------------------------
 
 SHORT = "--steps 2 --batch 64 --samples 60"
-TOY_RUNS = ["--path ot vp --sde --sigma-min 0.03", "--net paper", "--figure"]
+TOY_RUNS = ["--path ot vp --sde --sigma-min 0.03", "--figure"]
 TOY_RUNS += ["--ablation"] * SCIPY
 
 
@@ -1276,10 +1276,11 @@ def test_toy_seed_decides_weights_and_numbers_and_load_restores_them(toy_runs):
 
 def test_train_toy_from_the_command_line(tmp_path):
     command = [sys.executable, "-W", "error", "train_toy.py", "--path", "ve", *SHORT.split()]
-    command += ["--data", "8gaussians", "--out", str(tmp_path)]
+    command += ["--net", "paper", "--data", "8gaussians", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=HERE, timeout=60, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert train_toy.load(tmp_path / "model_ve.pt").path == VEPath()
+    flow = train_toy.load(tmp_path / "model_ve.pt")
+    assert flow.path == VEPath() and flow.layers[0].in_features == 3
 
 
 def toy(flags):
