@@ -1945,7 +1945,9 @@ def test_samples_are_numbered_and_independent_of_batch_and_ranks(cifar, fork, tm
     assert seven.items() < numbered(tmp_path / "run").items()  # other settings, another folder
     for file in samples.glob("*/*.png"):
         file.unlink()
-    codes, text = fork("--sample 7 --conditional --eval-batch 2 --solver euler:8", world=2)
+    codes, text = fork(
+        "--steps 3 --sample 7 --conditional --eval-batch 2 --solver euler:8", world=2
+    )
     assert codes == [0, 0] and numbered(tmp_path / "run") == seven, text
 
 

@@ -207,8 +207,7 @@ def get_batch(args, images, step):
         pixels = torch.where(mirrored, pixels.flip(2), pixels)
     # Eq. (36): --bpd measures the density that is trained. The paper does not say what it did.
     x1 = ((pixels + torch.rand(pixels.shape, **where)) / 128 - 1).permute(0, 3, 1, 2)
-    unlabelled = torch.rand(B, **where) < 0.1  # a tenth learns v_none, for --guidance
-    labels = labels.masked_fill(unlabelled, len(args.classes))
+    labels = labels.masked_fill(torch.rand(B, **where) < 0.1, len(args.classes))  # v_none's tenth
     t = PATHS[args.path]().sample_t(B, **where)
     noise = torch.randn(x1.shape, **where)
     batch = {"x1": x1, "t": t, "noise": noise, **conditions(args, pixels, labels)}
@@ -452,15 +451,13 @@ def print_bpd(args, v, images, source):
     for index in torch.arange(N).split(args.eval_batch)[args.rank :: args.world]:
         pixels, labels = fetch(args, images, index * len(images[0]) // N)  # folders go by class
         torch.manual_seed(digest(args.seed, "bpd", index[0].item()))
-        cond = conditions(args, pixels, labels)
-        bits = bits_per_dim(
-            v, pixels.permute(0, 3, 1, 2), PATHS[args.path](), args.K, **how, **cond
-        )
-        totals[:, index] = torch.stack([bits.bpd, bits.nfe / args.K]).cpu()
+        given = conditions(args, pixels, labels)
+        x = pixels.permute(0, 3, 1, 2)
+        result = bits_per_dim(v, x, PATHS[args.path](), args.K, **how, **given)
+        totals[:, index] = torch.stack([result.bpd, result.nfe / args.K]).cpu()
     bpd, nfe = sum_over_ranks(args, totals)
-    mean_and_error = f"{bpd.mean():.4f} +- {bpd.std() / N**0.5:.4f}"
-    print(f"{mean_and_error} bits per dimension: mean and standard error of {N}")
-    print(f"held-out images, {source}, K = {args.K}, NFE {nfe.mean():.1f}, {how}")
+    print(f"{bpd.mean():.4f} +- {bpd.std() / N**0.5:.4f} bits per dimension, mean and error")
+    print(f"of {N} held-out images by {source}, K = {args.K}, NFE {nfe.mean():.1f}, {how}")
     if args.K > 1 and args.probes:
         print("biased low: K > 1 averages exponentials of Hutchinson's estimates")
 
@@ -477,15 +474,14 @@ def main(argv):
         args, checkpoint = resolve_args(argv)
         if args.rank:
             sys.stdout = open(os.devnull, "w")
-        kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        args.device = torch.device(kind)
-        if kind == "cuda":
+        args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if args.device.type == "cuda":
             local_rank = int(os.environ.get("LOCAL_RANK", 0))
             if local_rank >= torch.cuda.device_count():
                 raise ValueError("there are fewer GPUs than ranks: lower --nproc_per_node")
             torch.cuda.set_device(local_rank)
         if args.world > 1:  # gloo carries what concerns the host, without a wait for the GPU
-            backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+            backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
             torch.distributed.init_process_group(backend, timeout=timedelta(hours=12))
         Path(args.out, "samples").mkdir(parents=True, exist_ok=True)
         run = evaluate if args.sample or args.bpd else train

@@ -485,7 +485,7 @@ def main(argv=None):
             torch.save({"config": flow.config, "weights": flow.state_dict()}, part)
         results[name] = {**measure(flow, row), "seconds": seconds}
     draw_samples(flows, args)
-    state = {"settings": vars(args), "torch": torch.__version__, "results": results}
+    state = {"settings": vars(args), "results": results}
     with replaced(args.out / "metrics.json") as part:
         part.write_text(json.dumps(state, indent=1, default=str))
     print(f"{table(results)}\n\npictures, metrics.json and weights are in {args.out}")
