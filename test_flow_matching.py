@@ -395,14 +395,21 @@ def test_eq6_eq8_marginal_density_score_posterior_and_field(path, dims):
 
 @affine
 def test_eq26_marginal_obeys_the_continuity_equation(path):
-    t, _, x = batch(d=2)
-    u = Marginal(path, randn(7, 2))
+    t, x0, x = batch(d=2)
+    marginal = Marginal(path, randn(7, 2))
+    J = double([[0.0, 2.0], [-2.0, 0.0]])
+
+    def turned(t, x):  # another field of the same p_t: div(p J grad log p) = div(J grad p) = 0
+        return marginal(t, x) + marginal.score(t, x) @ J
+
     x.requires_grad_()
-    (score,) = torch.autograd.grad(u.log_prob(t, x).sum(), x)
-    jacobian = torch.autograd.functional.jacobian(lambda x: u(t, x).sum(0), x)  # (d, B, d)
-    divergence = jacobian.diagonal(dim1=0, dim2=2).sum(1)
-    change = by_autodiff(lambda t: u.log_prob(t, x), t)
-    assert (change + divergence + (u(t, x) * score).sum(1)).abs().max() < 1e-6
+    (score,) = torch.autograd.grad(marginal.log_prob(t, x).sum(), x)
+    change = by_autodiff(lambda t: marginal.log_prob(t, x), t)
+    for u in (marginal, turned):
+        jacobian = torch.autograd.functional.jacobian(lambda x, u=u: u(t, x).sum(0), x)  # (d, B, d)
+        divergence = jacobian.diagonal(dim1=0, dim2=2).sum(1)
+        assert (change + divergence + (u(t, x) * score).sum(1)).abs().max() < 1e-6
+    assert (turned(t, x) - marginal(t, x)).norm(dim=1).min() > 1e-3
 
 
 def test_marginal_stays_exact_where_sigma_vanishes_and_far_away():
@@ -427,6 +434,24 @@ def test_marginal_chunks_do_not_change_the_result():
     x, t = torch.randn(33, 1), torch.rand(33)
     some = [0, 15, 16, 32]  # of three chunks
     assert_close(marginal(t, x)[some], marginal(t[some], x[some]), atol=1e-4, rtol=1e-3)
+
+
+def test_eq24_flow_to_gaussian_data_ends_at_the_ot_map_but_bends_between():
+    m = double([2.0, -1.0])
+    S = 0.5
+    x0 = randn(30, 2)
+    path = OTPath(0.0)
+
+    def x1_mean(t, x):
+        t = t[:, None]
+        return m + t * S**2 / ((1 - t) ** 2 + (t * S) ** 2) * (x - t * m)
+
+    v = fm.as_velocity(x1_mean, path, "data")
+    _, half, end = odeint(v, x0, (0.0, 0.5, path.t_span[1]), rtol=1e-9, atol=1e-9).xs
+    assert_close(end, m + S * x0, atol=1e-4, rtol=0)  # the gradient of a convex function: optimal
+    assert_close(half, m / 2 + math.sqrt(1 + S**2) / 2 * x0, atol=1e-7, rtol=0)
+    interpolant = (x0 + m + S * x0) / 2  # Eq. (24)
+    assert ((half - interpolant).norm(dim=1) > 0.05 * x0.norm(dim=1)).all()
 
 
 # ---- 4 Solvers ----
