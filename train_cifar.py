@@ -251,8 +251,8 @@ def update_average(average, net, decay, step):
 
 def report(args, step, recent, rate):
     """Prints means of the recent steps, or ends the program where one was not finite."""
-    means = sum_over_ranks(args, torch.stack(recent)) / args.world
-    for i, (loss, norm) in enumerate(means.tolist(), step - len(recent)):  # the only wait
+    means = (sum_over_ranks(args, torch.stack(recent)) / args.world).cpu()  # the only wait
+    for i, (loss, norm) in enumerate(means.tolist(), step - len(recent)):
         if not math.isfinite(loss + norm):
             what = f"step {i}: loss {loss}, gradient norm {norm}, not taken"
             raise ValueError(f"{what}. Lower --lr, with --init of the checkpoint in {args.out}")
