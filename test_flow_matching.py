@@ -1866,7 +1866,7 @@ def test_the_average_is_saved_and_sampled(cifar, tmp_path, monkeypatch):
 RECIPES = [
     ("modern", (128, 2e-4, 5000, "none", 128, 1.0, 0.9999, 0.1, True, 32, (1, 2, 2, 2), (16,))),
     ("paper", (256, 5e-4, 45_000, "linear", 256, 0, 0, 0, False, 32, (1, 2, 2, 2), (16,))),
-    ("laptop", (48, 1e-3, 150, "linear", 8, 1.0, 0.995, 0, False, 28, (1, 2, 2), (7,))),
+    ("laptop", (48, 2e-3, 150, "linear", 8, 1.0, 0.995, 0, False, 28, (1, 2, 2), (7,))),
 ]
 
 
