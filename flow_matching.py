@@ -3,7 +3,8 @@
 
 Equation numbers are those of arXiv:2210.02747v2. Time runs from noise, t = 0, to data, t = 1. x, x0
 (noise) and x1 (data) are (B, *dims). A vector field is any callable v(t, x, **cond), t (B,), that
-returns the shape of x. Lines marked `Departure:` differ from the paper and say why.
+returns the shape of x. Lines marked `Departure:` differ from the paper and say why. Values, unlike
+shapes, are checked on the CPU only: a look at them would stall a GPU.
 
     path = OTPath()
     loss = cfm_loss(v, path, x1)               # train v on this: Eq. (14), for OTPath Eq. (23)
@@ -97,7 +98,7 @@ class GaussianPath(ConditionalFlow):
         self.allows_pairs = source_std == 1
 
     def psi_dpsi(self, t, x0, x1):
-        """psi_t(x0), Eq. (11), and d/dt psi_t(x0): no division by sigma_t, so exact up to t = 1."""
+        """psi_t(x0), Eq. (11), and d/dt psi_t(x0), without Eq. (15)'s division by sigma_t."""
         mu_t, sigma_t, dmu_t, dsigma_t = self.moments(t, x1)
         return sigma_t * x0 + mu_t, dsigma_t * x0 + dmu_t
 
@@ -167,9 +168,8 @@ class AffinePath(GaussianPath):
         a, b = rows[source]  # a x1 + b x0 = value, and alpha x1 + sigma x0 = x
         c, d = rows[target]
         determinant = alpha_t * b - sigma_t * a
-        nan_if_infinite = 0 * (c + d + dsigma_t)
-        what = f"{source} does not tell {target}"
-        _check_divisor(determinant + nan_if_infinite, t, what, self)
+        regular = determinant + 0 * (c + d)  # NaN where a target is infinite
+        _check_divisor(regular, t, f"{source} does not tell {target}", self)
         x1 = (b * x - sigma_t * value) / determinant
         x0 = (alpha_t * value - a * x) / determinant
         return c * x1 + d * x0
@@ -328,6 +328,7 @@ def as_velocity(model, path, predict):
     def velocity(t, x, **cond):
         return path.convert(t, x, model(t, x, **cond), predict, "velocity")
 
+    velocity.model = model
     return velocity
 
 
@@ -360,6 +361,7 @@ class Marginal:
         _check_path(path, AffinePath)
         _check_batch("data", data)
         self.path = path
+        self.dims = data.shape[1:]
         self.data = data.reshape(len(data), -1)  # (N, d)
 
     def posterior(self, t, x):
@@ -369,7 +371,8 @@ class Marginal:
     def x1_mean(self, t, x):
         """E[x1 | x_t = x], (B, *dims)."""
         with torch.autocast(x.device.type, enabled=False):
-            means = [log_w.softmax(1) @ self.data for log_w, _ in self._log_weights(t, x)]
+            data = self.data.to(x)
+            means = [log_w.softmax(1) @ data for log_w, _ in self._log_weights(t, x)]
         return torch.cat(means).reshape(x.shape)
 
     def log_prob(self, t, x):
@@ -389,16 +392,17 @@ class Marginal:
 
     def _log_weights(self, t, x):
         """Yields -|x - alpha_t x_i|^2 / (2 sigma_t^2), (Q, N), and sigma_t (Q, 1), Q rows of x."""
-        N, d = self.data.shape
-        x = x.reshape(len(x), d)
+        _require(x.shape[1:] == self.dims, f"x must be (B, *dims) with dims {[*self.dims]}", x)
+        data = self.data.to(x)
+        x = x.reshape(len(x), -1)
         t = _check_times(t, x, self.path.t_span)
-        chunk = max(1, 2**24 // N)  # 64 MB of float32
+        chunk = max(1, 2**24 // len(data))  # 64 MB of float32
         for times, points in zip(t.split(chunk), x.split(chunk)):
             alpha_t, sigma_t, _, _ = self.path.coefficients(times[:, None])
-            scale = alpha_t.clamp(min=1e-12)
+            scale = torch.where(alpha_t.abs() > 1e-12, alpha_t, 1e-12)
             # Not by |x|^2 - 2 x x_i + |x_i|^2, which would cancel.
             direct = "donot_use_mm_for_euclid_dist"
-            distance = scale * torch.cdist(points / scale, self.data, compute_mode=direct)
+            distance = scale.abs() * torch.cdist(points / scale, data, compute_mode=direct)
             yield -(distance**2) / (2 * sigma_t**2), sigma_t
 
 
@@ -514,6 +518,7 @@ def sample_sde(v, path, shape, steps, g=None, device=None, dtype=None, generator
     al. (2021). ValueError for bad arguments, SolverError when a step is not finite.
     """
     _check_path(path, AffinePath)
+    _require(steps >= 1, "steps must be at least 1", steps)
     _warn_of_dropout(v)
     x = path.sample_source(shape, device, dtype, generator)
     _check_cond(cond, x)
@@ -528,9 +533,9 @@ def sample_sde(v, path, shape, steps, g=None, device=None, dtype=None, generator
         if g_t:
             score = path.convert(t, x, v_t, "velocity", "score")
             noise = torch.randn(shape, device=x.device, dtype=x.dtype, generator=generator)
-            x_new = (x_new + h * g_t**2 / 2 * score + math.sqrt(h) * g_t * noise).to(x.dtype)
+            x_new = x_new + h * g_t**2 / 2 * score + math.sqrt(h) * g_t * noise
         _check_step(x_new, t, x)
-        x = x_new
+        x = x_new.to(x.dtype)
     return x
 
 
@@ -556,6 +561,7 @@ def classifier_free_guidance(v, scale, drop=("y",)):
         free = v(t, x, **rest)
         return free + scale * (v(t, x, **cond) - free)
 
+    guided.model = v
     return guided
 
 
@@ -700,7 +706,7 @@ def _first_step(f, t, x, k, span, rtol, atol, norm, cond):
     Hairer, Norsett & Wanner (1993), II.4, or, longer, where a field of rate L = |v'| / |v| has an
     error of 0.1, by |v| L^4 h^5 / 1000: it saves easy fields a fifth of their calls.
     """
-    scale = atol + rtol * x.abs()
+    scale = (atol + rtol * x.abs()).clamp(min=torch.finfo(x.dtype).tiny)
     d1 = norm(k / scale)
     h0 = torch.minimum(0.01 * norm(x / scale).clamp(min=1e3) / d1, 0.01 * span.abs())
     probe = h0 * span.sign()
@@ -923,8 +929,8 @@ class UNet(nn.Module):
 
     attention_resolutions: image sizes in pixels that have it; the middle always does. num_classes:
     of labels y, where num_classes itself and None mean no label. cond_channels: of an image cond
-    beside x. UNet(**net.config) builds the network again. Levels of up to 32 channels, one a group,
-    lose time and label in their norms: use 48 or more. ValueError for settings that do not fit.
+    beside x. UNet(**net.config) builds the network again. Levels of 8, 16 or 32 channels, one a
+    group, lose time and label in their norms: use 48 or more. ValueError for sizes that do not fit.
     """
 
     image_size: int = 32
@@ -1165,9 +1171,9 @@ def _loss_arguments(path, x1, x0, noise, t, predict, weight, reduction, cond):
     _check_path(path, GaussianPath if predict == "score" else ConditionalFlow)
     _check_batch("x1", x1)
     _check_cond(cond, x1)
-    fits = weight in (None, "sigma^2") or callable(weight) or hasattr(path, weight)
+    named = weight is None or weight == "sigma^2" or (weight == "beta" and hasattr(path, "beta"))
     rule = "weight must be None, 'sigma^2', 'beta' (on VPPath) or a function of t"
-    _require(fits, rule, weight, path)
+    _require(named or callable(weight), rule, weight, path)
     _require(reduction in ("mean", "none"), "reduction must be 'mean' or 'none'", reduction)
     _require(x0 is None or noise is None, "x0, your pairs, and noise, your draw, are alternatives")
     rule = f"x0 cannot be paired on {path!r}, whose psi_0(x0) is not x0; give noise, or use OTPath"
@@ -1210,6 +1216,8 @@ def _check_solver(method, intervals, steps, rtol, atol, max_nfe):
 
 
 def _warn_of_dropout(v):
+    while not isinstance(v, nn.Module) and hasattr(v, "model"):
+        v = v.model
     if isinstance(v, nn.Module) and v.training:
         if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in v.modules()):
             warnings.warn("v is in train mode, with dropout: call v.eval() first", stacklevel=4)

@@ -42,7 +42,7 @@ SETTINGS = [
     (dict(data="cifar10", test=""), "cifar10, in ./data, or a folder; held-out images likewise"),
     (dict(size=32, flip=True), "pixels of the central squares; mirror half of them in training"),
     (dict(conditional=False), "learn labels: CIFAR-10's, or the names of the folder's subfolders"),
-    (dict(superres=1), "N: learn images given themselves at 1/N of their size, Section 6.4"),
+    (dict(superres=1), "N: learn images given themselves at 1/N of their size, Section 6.3"),
     (dict(path="ot", objective="velocity"), "Section 4.1; row of Table 1"),
     (dict(coupling="independent"), "ot: pair noise and images in minibatches, by SciPy"),
     (dict(channels=128, channel_mult="1,2,2,2"), "width of the UNet; its factor at each level"),
@@ -117,8 +117,8 @@ def resolve_args(argv):
     args = parser.parse_args(argv)
     for name in fixed:
         if getattr(args, name) != stored[name]:
-            rule = f"--{name.replace('_', '-')} is {stored[name]} in {args.out}"
-            raise ValueError(f"{rule}: leave it out or name another --out")
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} is {stored[name]} in {args.out}: leave it out")
     return args, checkpoint
 
 
@@ -156,13 +156,13 @@ def train(args, checkpoint):
         recent.append(torch.stack([loss, norm]))
         done = step + 1
         stop = sum_over_ranks(args, torch.tensor(len(caught))) > 0
-        save = done % args.save_every == 0 or done == args.steps or stop
-        if save or done % args.log_every == 0:
+        due = [done % every == 0 for every in (args.save_every, args.preview_every, args.steps)]
+        if any(due) or stop or done % args.log_every == 0:
             rate = args.batch * (done - first) / (time.perf_counter() - began)
             report(args, done, recent, rate)
-        if save and args.rank == 0:
+        if (any(due) or stop) and args.rank == 0:
             save_checkpoint(args, done, net, average, optimizer)
-        if args.rank == 0 and (done % args.preview_every == 0 or done == args.steps):
+        if any(due[1:]) and args.rank == 0:
             preview(args, velocity(args, average), held_out or images, done)
         if stop:
             print(f"stopped and saved at step {done} in {args.out}")
@@ -174,8 +174,8 @@ def check_settings(args):
     """Refuses what would be found out after hours, or train something else."""
     if args.batch % (args.world * args.accumulate):
         raise ValueError(f"--batch {args.batch} must be a multiple of ranks x --accumulate")
-    if args.data == "cifar10" and args.size != 32:
-        raise ValueError(f"--size {args.size} is not CIFAR-10's 32: give --data FOLDER")
+    if args.guidance != 1 and not args.conditional:
+        raise ValueError("--guidance needs --conditional")
     if args.coupling == "ot" and (args.conditional or args.superres > 1):
         raise ValueError("--coupling ot pairs across labels, of --conditional and --superres")
     zero = velocity(args, lambda t, x: 0 * x)  # says whether samples can be drawn, and by --solver
@@ -296,13 +296,11 @@ def velocity(args, net):
 
 
 def load(out, device="cpu"):
-    """v, path: the averaged field of a run, on pixels / 128 - 1, in eval mode; v.net: its UNet."""
+    """v, path: the averaged field of a run, on pixels / 128 - 1, in eval mode, v.model its UNet."""
     checkpoint = torch.load(Path(out, "checkpoint.pt"), "cpu", weights_only=True)
     args = argparse.Namespace(**checkpoint["config"], device=device)
     net = build(args, checkpoint, "average").eval().requires_grad_(False)
-    v = velocity(args, net)
-    v.net = net
-    return v, PATHS[args.path]()
+    return velocity(args, net), PATHS[args.path]()
 
 
 @contextlib.contextmanager
@@ -352,6 +350,8 @@ def load_images(args, split):
 
 
 def load_cifar10(args, split):
+    if args.size != 32:
+        raise ValueError(f"--size {args.size} is not CIFAR-10's 32: give --{split} FOLDER")
     try:
         if args.rank == 0:
             CIFAR10("data", download=True)
@@ -421,7 +421,7 @@ def evaluate(args, checkpoint):
     if images is None and (args.bpd or args.superres > 1):
         raise ValueError("--test FOLDER must give the held-out images for this")
     v = velocity(args, build(args, checkpoint, "average").eval().requires_grad_(False))
-    source = f"step{checkpoint['step']}" if checkpoint else f"init_{Path(args.init).stem}"
+    source = f"step{checkpoint['step']}" if checkpoint else f"init_{digest(args.init):x}"
     if args.sample:
         write_samples(args, v, images, source)
     if args.bpd:
