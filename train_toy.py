@@ -62,7 +62,7 @@ def parse_args(argv=None):
     flag("--out", type=Path, default="runs/toy", help="folder for pictures, numbers and weights")
     flag("--ablation", action="store_true", help=f"train the rows {'; '.join(ABLATION)}")
     flag("--figure", action="store_true", help="draw closed forms, train nothing")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of torch")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = p.parse_args(argv)
     if args.device != "cpu":
         torch.set_default_device(args.device)
