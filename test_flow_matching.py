@@ -2080,7 +2080,7 @@ REFUSED = [  # command line, words of the one line it gets; "@" is a finished ru
     ("--objective noise", "noise"),
     ("--objective scoreflow --path ve", "'beta'"),
     ("--coupling ot --superres 2", "--coupling ot pairs across labels"),
-    ("--accumulate 3", "--batch 8 must be a multiple"),
+    ("--accumulate 16", "--batch 8 must be a multiple"),
     ("--data cifar10", "--size 8 is not CIFAR-10's 32"),
     ("--out @ --bpd 3 --test cifar10", "--size 8 is not CIFAR-10's 32"),
     ("--guidance 2", "--guidance needs --conditional"),
