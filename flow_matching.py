@@ -2,31 +2,32 @@
 """Flow Matching for Generative Modeling (Lipman et al., ICLR 2023) in one file; it needs torch.
 
 Equation numbers are those of arXiv:2210.02747v2. Time runs from noise, t = 0, to data, t = 1. x, x0
-(noise) and x1 (data) are (B, *dims). A vector field is any callable v(t, x, **cond), t (B,), that
-returns the shape of x. Lines marked `Departure:` differ from the paper and say why. Values, unlike
-shapes, are checked on the CPU only: a look at them would stall a GPU.
+(noise) and x1 (data) are (B, *dims). Lines marked `Departure:` differ from the paper and say why.
+Values are checked on the CPU only; reading them would stall a GPU.
 
     path = OTPath()
     loss = cfm_loss(v, path, x1)               # train v on this: Eq. (14), for OTPath Eq. (23)
-    x = sample(v, path, (n, *dims)).x          # after v.eval(), if v holds dropout
-    log_p = log_prob(v, x1, path).log_prob     # in nats
-    x0 = odeint(v, x1, t=path.t_span[::-1]).x  # encodes data; path.t_span decodes it
+    x = sample(v, path, (n, *dims)).x          # after v.eval()
+    log_p = log_prob(v, path, x1).log_prob     # in nats
+    x0 = odeint(v, x1, path.t_span[::-1]).x    # encodes data; path.t_span decodes it
 
-Any further keyword is conditioning: a tensor with a row a sample that follows it into v, such as
-cfm_loss(v, path, x1, y=labels). It cannot have an option's name, such as x0, t, noise or steps.
+A vector field is any callable v(t, x, **cond) with t (B,) and x (B, *dims), which returns the shape
+of x. Its rows must not see each other: the default solver calls v with the samples that are still
+under way, each at its own time. So a tensor with one row per sample is passed in the dictionary
+cond, as in cfm_loss(v, path, x1, cond={"y": labels}), and never bound into v.
 
     1 Paths           Gaussian paths, their fields and conversions      Eqs. (10)-(22), (38), (46)
-    2 Loss            conditional flow matching, Table 1's objectives   Eqs. (14), (43)-(46)
+    2 Loss            conditional flow matching, Table 1's objectives   Eqs. (14), (23), (43)-(46)
     3 Exact marginal  p_t and u_t of a finite data set                  Eqs. (6), (8)
     4 Solvers         Runge-Kutta methods, samples, an SDE, guidance    Eq. (1)
     5 Likelihood      log densities and bits per dimension              Eqs. (27)-(37), (47)
     6 UNet            the network of the image experiments              App. E, Table 3
-    7 Checks          arguments refused and prepared; no mathematics
+    7 Checks          arguments that would be silently wrong are refused
 """
 
 import math
+import operator
 import warnings
-from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -34,68 +35,135 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__version__ = "2.1.0"
-__all__ = """ConditionalFlow GaussianPath AffinePath OTPath VPPath VEPath CosinePath PATHS cfm_loss
-OBJECTIVES as_velocity ot_coupling Marginal METHODS odeint sample sample_sde Solution SolverError
-classifier_free_guidance log_prob LogProb bits_per_dim BitsPerDim UNet expand""".split()
-
-
-def expand(t, x) -> Tensor:
-    """t (a number, () or (B,)) shaped to broadcast against x (B, *dims), in float32 or better."""
-    return _as_column(_as_time(t, x), x)
+__version__ = "3.0.0"
+__all__ = [
+    "ConditionalFlow",
+    "GaussianPath",
+    "AffinePath",
+    "OTPath",
+    "VPPath",
+    "VEPath",
+    "CosinePath",
+    "PATHS",
+    "time_column",
+    "cfm_loss",
+    "OBJECTIVES",
+    "as_velocity",
+    "ot_coupling",
+    "Marginal",
+    "METHODS",
+    "odeint",
+    "rms",
+    "sample",
+    "sample_sde",
+    "classifier_free_guidance",
+    "Solution",
+    "SolverError",
+    "log_prob",
+    "LogProb",
+    "bits_per_dim",
+    "BitsPerDim",
+    "UNet",
+]
 
 
 # ---- 1 Paths, Section 4 ----
 
 
-class ConditionalFlow:
-    """x_t = psi_t(x0 | x1), any map differentiable in t in t_span: all that the loss needs.
+def time_column(t, x) -> Tensor:
+    """t (a number, () or (B,)) as a tensor that broadcasts against x (B, *dims), say (B, 1, 1, 1).
 
-    psi(t (B,), x0, x1) -> (B, *dims) may be a method. allows_pairs: whether psi_0(x0) is x0.
+    In float32, or in float64 if x is.
+    """
+    return _as_column(_as_time(t, x), x)
+
+
+def _as_time(t, x):
+    """t, a number or a tensor, as a tensor on the device of x, in float32 or better."""
+    dtype = _at_least_float32(x.dtype)
+    if isinstance(t, Tensor):
+        return t.to(x.device, dtype)
+    return torch.full((), t, dtype=dtype, device=x.device)
+
+
+def _at_least_float32(dtype):
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def _as_column(a, x):
+    """a, () or (B,), as a view that broadcasts against x (B, *dims)."""
+    return a.reshape(a.shape + (1,) * (x.ndim - a.ndim))
+
+
+def _derivative(f, t):
+    """f(t) and d/dt f(t), row by row, by forward-mode autodiff."""
+    with warnings.catch_warnings():  # torch 2.14 warns of its own torch.jit.script
+        warnings.filterwarnings("ignore", ".*torch.jit.script", FutureWarning)
+        return torch.func.jvp(f, (t.contiguous(),), (torch.ones_like(t),))
+
+
+LAST_TIME = (
+    1 - 1e-5
+)  # where we stop if sigma_1 = 0, as u_t, score and density divide by it: App. E.1
+
+
+class ConditionalFlow:
+    """x_t = psi_t(x0 | x1), any map differentiable in t, with psi_0(x0) = x0 and psi_1(x0) = x1.
+
+    psi(t (B,), x0, x1) -> (B, *dims) is a function, or a method of a subclass. t_span: the times of
+    training and sampling. source_std: of p_0 = N(0, source_std^2 I), where a solve starts.
+    allows_pairs: whether psi_0(x0) = x0, so that you may choose the x0 of each x1.
     """
 
-    t_span = (0.0, 1.0)
-    source_std = 1.0
-    allows_pairs = True
-
-    def __init__(self, psi=None, t_span=(0.0, 1.0)):
+    def __init__(self, psi=None, t_span=(0.0, 1.0), source_std=1.0, allows_pairs=True):
         if psi is not None:
             self.psi = psi
         self.t_span = t_span
+        self.source_std = source_std
+        self.allows_pairs = allows_pairs
+
+    def __repr__(self):
+        return f"{type(self).__name__}(t_span={self.t_span})"
 
     def psi_dpsi(self, t, x0, x1):
-        """psi_t(x0) and d/dt psi_t(x0), point and target of Eq. (14), each (B, *dims)."""
-        return _derivative(lambda t: self.psi(t, x0, x1), _as_time(t, x1).expand(len(x1)))
+        """psi_t(x0) and d/dt psi_t(x0), each (B, *dims): point and target of Eq. (14)."""
+        t = _as_time(t, x1).expand(len(x1))
+        return _derivative(lambda t: self.psi(t, x0, x1), t)
 
     def dpsi(self, t, x0, x1):
         """d/dt psi_t(x0), (B, *dims): the velocity u_t(psi_t(x0) | x1) of Eq. (13)."""
-        return self.psi_dpsi(t, x0, x1)[1]
+        _, dpsi_t = self.psi_dpsi(t, x0, x1)
+        return dpsi_t
 
     def sample_t(self, n, device=None, dtype=None, generator=None):
-        """n times (n,), each uniform in t_span, stratified: one in every n-th part of it."""
+        """(n,) times in t_span, on an even grid with one random offset (systematic sampling).
+
+        Each alone is uniform in t_span.
+        """
         dtype = _at_least_float32(dtype or torch.get_default_dtype())
         offset = torch.rand((), device=device, dtype=dtype, generator=generator)
         fraction = (offset + torch.arange(n, device=device, dtype=dtype) / n) % 1
-        return self.t_span[0] + (self.t_span[1] - self.t_span[0]) * fraction
+        start, end = self.t_span
+        return start + (end - start) * fraction
 
     def sample_source(self, shape, device=None, dtype=None, generator=None):
         """Draws of that shape from p_0 = N(0, source_std^2 I), where a solve starts."""
-        return self.source_std * torch.randn(shape, device=device, dtype=dtype, generator=generator)
+        noise = torch.randn(shape, device=device, dtype=dtype, generator=generator)
+        return self.source_std * noise
 
 
 class GaussianPath(ConditionalFlow):
     """p_t(x | x1) = N(x | mu_t(x1), sigma_t(x1)^2 I), Eq. (10); sigma_t may also be elementwise.
 
-    moments(t, x1) -> mu_t, sigma_t, d/dt mu_t, d/dt sigma_t, to broadcast against x1 (see expand),
-    from mu_0 = 0, sigma_0 = source_std. u, log_prob, score raise ValueError where sigma_t = 0.
+    moments(t, x1) returns mu_t, sigma_t and their time derivatives, to broadcast against x1 (see
+    time_column), from mu_0 = 0 and sigma_0 = source_std on. It is a function, or a method of a
+    subclass. u, log_prob and score raise ValueError where sigma_t = 0.
     """
 
     def __init__(self, moments=None, t_span=(0.0, 1.0), source_std=1.0):
+        super().__init__(t_span=t_span, source_std=source_std, allows_pairs=source_std == 1)
         if moments is not None:
             self.moments = moments
-        self.t_span = t_span
-        self.source_std = source_std
-        self.allows_pairs = source_std == 1
 
     def psi_dpsi(self, t, x0, x1):
         """psi_t(x0), Eq. (11), and d/dt psi_t(x0), without Eq. (15)'s division by sigma_t."""
@@ -103,44 +171,55 @@ class GaussianPath(ConditionalFlow):
         return sigma_t * x0 + mu_t, dsigma_t * x0 + dmu_t
 
     def psi(self, t, x0, x1):
-        """The flow psi_t(x0), Eq. (11), (B, *dims); x0 is standard normal on every path."""
-        return self.psi_dpsi(t, x0, x1)[0]
+        """The flow psi_t(x0) = sigma_t x0 + mu_t, Eq. (11), (B, *dims), for x0 ~ N(0, I)."""
+        psi_t, _ = self.psi_dpsi(t, x0, x1)
+        return psi_t
 
     def u(self, t, x, x1):
         """Conditional vector field u_t(x | x1), Theorem 3, Eq. (15), (B, *dims)."""
-        mu_t, sigma_t, dmu_t, dsigma_t = self._positive_moments(t, x1)
+        mu_t, sigma_t, dmu_t, dsigma_t = self.moments(t, x1)
+        self._check_sigma(sigma_t, t)
         return dsigma_t / sigma_t * (x - mu_t) + dmu_t
 
     def log_prob(self, t, x, x1):
         """log p_t(x | x1), Eq. (10), in nats, (B,)."""
-        mu_t, sigma_t, _, _ = self._positive_moments(t, x1)
+        mu_t, sigma_t, _, _ = self.moments(t, x1)
+        self._check_sigma(sigma_t, t)
         log_p = -(((x - mu_t) / sigma_t) ** 2 + math.log(2 * math.pi)) / 2 - sigma_t.log()
         return log_p.reshape(len(x), -1).sum(1)
 
     def score(self, t, x, x1):
-        """grad_x log p_t(x | x1), (B, *dims): minus the s of Eqs. (43), (46), a slip in sign."""
-        mu_t, sigma_t, _, _ = self._positive_moments(t, x1)
+        """grad_x log p_t(x | x1), (B, *dims).
+
+        The s of Eqs. (43), (46) is minus this, a slip of the paper.
+        """
+        mu_t, sigma_t, _, _ = self.moments(t, x1)
+        self._check_sigma(sigma_t, t)
         return (mu_t - x) / sigma_t**2
 
-    def _positive_moments(self, t, x1):
-        moments = self.moments(t, x1)
-        _check_divisor(moments[1], t, "sigma_t is 0", self)
-        return moments
+    def _check_sigma(self, sigma_t, t):
+        _check_regular("sigma_t is 0", sigma_t == 0, t, self)
 
 
 class AffinePath(GaussianPath):
-    """mu_t = alpha(t) x1 with std sigma(t), from two torch functions of t; derivatives follow.
+    """The Gaussian path of mean alpha(t) x1 and standard deviation sigma(t).
 
-    ValueError unless alpha runs from 0 to 1 and sigma falls, noise to data, or check_ends=False.
-    t_span ends at 1, or at 1 - 1e-5 where u_t, score and density divide by sigma(1) = 0 (App. E.1).
+    alpha and sigma are two torch functions of t, or methods of a subclass, differentiated for you.
+    ValueError unless alpha(0) / sigma(0) is at most 0.1, alpha(1) is 1 and sigma(1) < sigma(0);
+    check_ends=False allows other ends. t_span ends at 1, or at 1 - 1e-5 if sigma(1) = 0.
     """
 
-    def __init__(self, alpha, sigma, t_span=None, check_ends=True):
-        self.alpha = alpha
-        self.sigma = sigma
-        alpha_0, sigma_0, sigma_1 = _schedule_ends(alpha, sigma, check_ends)
-        self.t_span = t_span or _whole_span(sigma_1)
-        self.source_std = sigma_0
+    def __init__(self, alpha=None, sigma=None, t_span=None, check_ends=True):
+        if alpha is not None:
+            self.alpha = alpha
+            self.sigma = sigma
+        alpha_0, alpha_1 = _schedule_ends(self.alpha)
+        sigma_0, sigma_1 = _schedule_ends(self.sigma)
+        if check_ends:
+            _check_ends(alpha_0, alpha_1, sigma_0, sigma_1)
+        if t_span is None:
+            t_span = (0.0, 1.0) if sigma_1 > 1e-6 else (0.0, LAST_TIME)
+        super().__init__(t_span=t_span, source_std=sigma_0)
         self.allows_pairs = abs(alpha_0) < 1e-6 and abs(sigma_0 - 1) < 1e-6
 
     def coefficients(self, t):
@@ -150,124 +229,172 @@ class AffinePath(GaussianPath):
 
     def moments(self, t, x1):
         """mu_t, sigma_t, d/dt mu_t, d/dt sigma_t of Eq. (10)."""
-        alpha_t, sigma_t, dalpha_t, dsigma_t = self.coefficients(expand(t, x1))
+        alpha_t, sigma_t, dalpha_t, dsigma_t = self.coefficients(time_column(t, x1))
         return alpha_t * x1, sigma_t, dalpha_t * x1, dsigma_t
 
     def convert(self, t, x, value, source, target):
-        """The target, (B, *dims), that a source of that value means at x = psi_t(x0): Eq. (46).
+        """The value, (B, *dims), of kind target at (t, x), from a value of kind source: Eq. (46).
 
-        Both are velocity, score, noise (x0) or data (x1). Linear, so true of posterior means, and
-        of scores if x0 is independent of x1. ValueError where source does not tell target.
+        Kinds are velocity, score, noise (x0) and data (x1). Linear, so it also converts posterior
+        means; scores only if x0 is independent of x1. ValueError where source does not tell target.
         """
-        _check_kinds(source=source, target=target)
         if source == target:
             return value
-        alpha_t, sigma_t, dalpha_t, dsigma_t = self.coefficients(expand(t, x))
-        rows = {"data": (1, 0), "noise": (0, 1), "velocity": (dalpha_t, dsigma_t)}
-        rows["score"] = (0, -1 / sigma_t)
-        a, b = rows[source]  # a x1 + b x0 = value, and alpha x1 + sigma x0 = x
-        c, d = rows[target]
+        coefficients = self.coefficients(time_column(t, x))
+        alpha_t, sigma_t, _, _ = coefficients
+        # The two equations a x1 + b x0 = value and alpha_t x1 + sigma_t x0 = x give x1 and x0.
+        a, b = _row(source, *coefficients)
+        c, d = _row(target, *coefficients)
         determinant = alpha_t * b - sigma_t * a
-        regular = determinant + 0 * (c + d)  # NaN where a target is infinite
-        _check_divisor(regular, t, f"{source} does not tell {target}", self)
+        singular = (determinant == 0) | ~(determinant + c + d).isfinite()
+        _check_regular(f"{source} does not tell {target}", singular, t, self)
         x1 = (b * x - sigma_t * value) / determinant
         x0 = (alpha_t * value - a * x) / determinant
         return c * x1 + d * x0
 
     def forward_sde(self, t, x):
         """Drift f (B, *dims), diffusion g (B, 1, ..) of dx = f ds + g dw, s = 1 - t, Eq. (38)."""
-        alpha_t, sigma_t, dalpha_t, dsigma_t = self.coefficients(expand(t, x))
+        alpha_t, sigma_t, dalpha_t, dsigma_t = self.coefficients(time_column(t, x))
         rate = dalpha_t / alpha_t
         return -rate * x, (2 * sigma_t * (rate * sigma_t - dsigma_t)).sqrt()
 
 
-@dataclass(frozen=True)
+def _row(kind, alpha_t, sigma_t, dalpha_t, dsigma_t):
+    """The a and b for which a x1 + b x0 is the value of that kind at alpha_t x1 + sigma_t x0."""
+    one = torch.ones_like(alpha_t)
+    zero = torch.zeros_like(alpha_t)
+    if kind == "data":
+        return one, zero
+    if kind == "noise":
+        return zero, one
+    if kind == "velocity":
+        return dalpha_t, dsigma_t
+    if kind == "score":
+        return zero, -1 / sigma_t
+    raise ValueError(f"the kind must be velocity, score, noise or data; got {kind!r}")
+
+
 class OTPath(AffinePath):
-    """Optimal transport path, Eq. (20): straight lines at constant speed."""
+    """Optimal transport path, Section 4.1: straight lines at constant speed.
 
-    sigma_min: float = 1e-4
-    source_std = 1.0
-    allows_pairs = True
+    mu_t = t x1 and sigma_t = 1 - (1 - sigma_min) t, Eq. (20). By Eq. (15) the field is
+    u_t(x | x1) = (x1 - (1 - sigma_min) x) / (1 - (1 - sigma_min) t), Eq. (21). The flow and its
+    derivative, which is the target of Eq. (23), come from psi_dpsi:
+    psi_t(x0) = (1 - (1 - sigma_min) t) x0 + t x1, Eq. (22),
+    d/dt psi_t(x0) = x1 - (1 - sigma_min) x0.
+    """
 
-    def __post_init__(self):
-        _require(0 <= self.sigma_min < 1, "sigma_min must lie in [0, 1)", self.sigma_min)
+    def __init__(self, sigma_min=1e-4):
+        _require(0 <= sigma_min < 1, "sigma_min must lie in [0, 1)", sigma_min)
+        self.sigma_min = sigma_min
+        super().__init__()
 
-    @property
-    def t_span(self):
-        return _whole_span(self.sigma_min)
+    def __repr__(self):
+        return f"OTPath({self.sigma_min})"
+
+    def alpha(self, t):
+        return t
+
+    def sigma(self, t):
+        return (1 - t) + self.sigma_min * t  # 1 - (1 - sigma_min) t without cancellation
 
     def coefficients(self, t):
-        sigma_t = (1 - t) + self.sigma_min * t  # 1 - (1 - sigma_min) t without cancellation
-        return t, sigma_t, torch.ones_like(t), torch.full_like(t, self.sigma_min - 1)
+        dalpha_t = torch.ones_like(t)
+        dsigma_t = torch.full_like(t, self.sigma_min - 1)
+        return self.alpha(t), self.sigma(t), dalpha_t, dsigma_t
 
 
-@dataclass(frozen=True)
 class VPPath(AffinePath):
-    """Variance preserving diffusion path, Eq. (18), with the beta schedule of App. E.1."""
+    """Variance preserving diffusion path, Eq. (18), with the beta schedule of App. E.1.
 
-    beta_min: float = 0.1
-    beta_max: float = 20.0
-    t_span = (0.0, 1 - 1e-5)  # App. E.1
-    source_std = 1.0  # Departure from sigma_0 = 0.99998: the paper samples and scores with N(0, I)
-    allows_pairs = False
+    Our alpha(t) is the paper's alpha_{1-t}, as its schedules run in diffusion time s = 1 - t.
+    """
 
-    def __post_init__(self):
-        fits = 0 <= self.beta_min <= self.beta_max < math.inf
-        _require(fits, f"{self} must have 0 <= beta_min <= beta_max")
-        alpha_0 = math.exp(-(self.beta_min + self.beta_max) / 4)
-        _check_start(alpha_0, math.sqrt(1 - alpha_0**2), "raise beta_max")
+    def __init__(self, beta_min=0.1, beta_max=20.0):
+        fits = 0 <= beta_min <= beta_max < math.inf
+        _require(
+            fits, "beta_min and beta_max must have 0 <= beta_min <= beta_max", beta_min, beta_max
+        )
+        self.beta_min = beta_min
+        self.beta_max = beta_max
+        super().__init__()
+        self.source_std = 1.0  # the paper samples from N(0, I), though sigma(0) = 0.99998
+
+    def __repr__(self):
+        return f"VPPath({self.beta_min}, {self.beta_max})"
 
     def beta(self, s):
-        """beta(s) of App. E.1; s = 1 - t is diffusion time."""
+        """beta(s) of App. E.1."""
         return self.beta_min + s * (self.beta_max - self.beta_min)
 
+    def T(self, s):
+        """T(s), the integral of beta from 0 to s, of Eq. (18)."""
+        return s * self.beta_min + s**2 / 2 * (self.beta_max - self.beta_min)
+
+    def alpha(self, t):
+        return torch.exp(-self.T(1 - t) / 2)
+
+    def sigma(self, t):
+        return torch.sqrt(-torch.expm1(-self.T(1 - t)))  # sqrt(1 - alpha_t^2), exact near t = 1
+
     def coefficients(self, t):
-        s = 1 - t  # the primes of Eq. (19) are d/ds, ours d/dt
-        T = s * self.beta_min + s**2 / 2 * (self.beta_max - self.beta_min)
-        alpha_t = torch.exp(-T / 2)
-        sigma_t = torch.sqrt(-torch.expm1(-T))
-        dalpha_t = self.beta(s) / 2 * alpha_t
-        return alpha_t, sigma_t, dalpha_t, -alpha_t * dalpha_t / sigma_t
+        alpha_t = self.alpha(t)
+        sigma_t = self.sigma(t)
+        dalpha_t = self.beta(1 - t) / 2 * alpha_t  # d/dt; the primes of Eq. (19) are d/ds
+        dsigma_t = -alpha_t * dalpha_t / sigma_t  # as sigma_t^2 = 1 - alpha_t^2
+        return alpha_t, sigma_t, dalpha_t, dsigma_t
 
 
-@dataclass(frozen=True)
 class VEPath(AffinePath):
     """Variance exploding path, Eq. (16), with the geometric schedule of Song et al. (2021).
 
     Departure: sigma_min > 0 at the data, not 0, and p_0 = N(0, sigma_max^2 I), as x1 is not known.
     """
 
-    sigma_min: float = 0.01
-    sigma_max: float = 10.0
-    t_span = (0.0, 1.0)
-    allows_pairs = False
+    def __init__(self, sigma_min=0.01, sigma_max=10.0):
+        fits = 0 < sigma_min < sigma_max < math.inf
+        _require(
+            fits,
+            "sigma_min and sigma_max must have 0 < sigma_min < sigma_max",
+            sigma_min,
+            sigma_max,
+        )
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
+        super().__init__()
+        self.source_std = sigma_max
 
-    def __post_init__(self):
-        fits = 0 < self.sigma_min < self.sigma_max < math.inf
-        _require(fits, f"{self} must have 0 < sigma_min < sigma_max")
-        _check_start(1.0, self.sigma_max, "raise sigma_max")
+    def __repr__(self):
+        return f"VEPath({self.sigma_min}, {self.sigma_max})"
 
-    @property
-    def source_std(self):
-        return self.sigma_max
+    def alpha(self, t):
+        return torch.ones_like(t)
+
+    def sigma(self, t):
+        rate = math.log(self.sigma_min / self.sigma_max)
+        return self.sigma_max * torch.exp(rate * t)
 
     def coefficients(self, t):
         rate = math.log(self.sigma_min / self.sigma_max)
-        sigma_t = self.sigma_max * torch.exp(rate * t)
-        return torch.ones_like(t), sigma_t, torch.zeros_like(t), rate * sigma_t
+        sigma_t = self.sigma(t)
+        return self.alpha(t), sigma_t, torch.zeros_like(t), rate * sigma_t
 
 
-@dataclass(frozen=True)
 class CosinePath(AffinePath):
     """alpha = sin, sigma = cos of pi t / 2: the VP arc at constant speed (not in the paper)."""
 
-    t_span = (0.0, 1 - 1e-5)
-    source_std = 1.0
-    allows_pairs = True
+    def __repr__(self):
+        return "CosinePath()"
+
+    def alpha(self, t):
+        return torch.sin(math.pi / 2 * t)
+
+    def sigma(self, t):
+        return torch.sin(math.pi / 2 * (1 - t))  # the cosine, exact near t = 1
 
     def coefficients(self, t):
-        alpha_t = torch.sin(math.pi / 2 * t)
-        sigma_t = torch.sin(math.pi / 2 * (1 - t))  # the cosine, exact near t = 1
+        alpha_t = self.alpha(t)
+        sigma_t = self.sigma(t)
         return alpha_t, sigma_t, math.pi / 2 * sigma_t, -math.pi / 2 * alpha_t
 
 
@@ -277,35 +404,84 @@ PATHS = {"ot": OTPath, "vp": VPPath, "ve": VEPath, "cosine": CosinePath}
 # ---- 2 Loss, Section 3.2 ----
 
 
-def cfm_loss(v, path, x1, *, x0=None, noise=None, t=None, predict="velocity", weight=None,
-             reduction="mean", **cond) -> Tensor:  # fmt: skip
-    """One-batch estimate of L_CFM, Eq. (14) (Eq. (23) on OTPath): (), or (B,) if reduction="none".
+def cfm_loss(
+    v,
+    path,
+    x1,
+    *,
+    cond=None,
+    x0=None,
+    t=None,
+    predict="velocity",
+    weight=None,
+    reduction="mean",
+    generator=None,
+) -> Tensor:
+    """One-batch estimate of L_CFM, Eq. (14), on OTPath Eq. (23): (), or (B, *dims) elementwise.
 
-    x1: (B, *dims) data. x0: your pairs with it, or noise: your draw of N(0, I), in its shape. t: ()
-    or (B,), else path.sample_t. predict: what v is, "velocity", "noise" (Eq. (45), DDPM), "score"
-    (Eq. (43), with the true sign) or "data". weight: lambda(t), Eq. (43): a function of t (B,),
-    "sigma^2" (a score's default) or, on VPPath, "beta" (ScoreFlow). cond: tensors of B rows for v.
-    The minimum is E Var[dpsi | x_t], not 0. ValueError for data that is not finite floating point,
-    other shapes, t outside path.t_span, and x0 on a path without allows_pairs.
+    x1: data, (B, *dims). cond: tensors with one row per sample, passed to v. x0: your pairs with
+    x1, each a draw of N(0, I), on paths with psi_0(x0) = x0 such as OTPath. t: your times, () or
+    (B,), within path.t_span. predict: what v returns, "velocity", "noise" (Eq. (45), DDPM), "score"
+    (Eq. (43), with the true sign) or "data". weight: lambda(t) of Eq. (43), a function of t (B,),
+    "sigma^2" (the default for a score) or, on VPPath, "beta" (ScoreFlow). reduction: "mean" or
+    "none". generator: of the draws of t and x0. ValueError for data that is not finite floating
+    point, other shapes, t outside the span and x0 on a path without pairs.
+
+    The minimum is not 0: for the velocity it is the mean over dimensions of E Var[dpsi_t | x_t].
+    A mask of (B, T) for a loss of (B, T, C), and a weight w for each sample, (B,):
+        loss = cfm_loss(v, path, x1, reduction="none")
+        m = mask[..., None].expand_as(loss); (loss * m).sum() / m.sum()
+        (loss.flatten(1).mean(1) * w).mean()
     """
-    t, x0 = _loss_arguments(path, x1, x0, noise, t, predict, weight, reduction, cond)
-    x_t, dx_t = path.psi_dpsi(t, x0, x1)  # psi_t(x0), d/dt psi_t(x0)
-    target = {"velocity": dx_t, "noise": x0, "data": x1}.get(predict)
-    if predict == "score":
-        target = -x0 / path.moments(t, x1)[1]  # grad log p_t(x_t | x1)
-    error = _check_shape(v(t, x_t.to(x1.dtype), **cond), x1) - target
-    # Departure: Eq. (14) sums over dimensions; their mean keeps the learning rate free of d.
-    losses = (_weight(weight, predict, path, t, x1) * error**2).reshape(len(x1), -1).mean(1)
-    return losses.mean() if reduction == "mean" else losses
+    _check_path(path, GaussianPath if predict == "score" else ConditionalFlow)
+    _check_batch("x1", x1)
+    cond = _check_cond(cond, x1)
+    if t is None:
+        # Departure: each t is uniform in t_span, but a batch's lie on a grid: less variance.
+        t = path.sample_t(len(x1), x1.device, x1.dtype, generator)
+    else:
+        t = _check_times(t, x1, path.t_span)
+    if x0 is None:
+        x0 = torch.randn(x1.shape, device=x1.device, dtype=x1.dtype, generator=generator)
+    else:
+        _check_pairs(path, x0, x1)
+
+    x_t, dpsi_t = path.psi_dpsi(t, x0, x1)  # psi_t(x0) and d/dt psi_t(x0), (B, *dims)
+    if predict == "velocity":
+        target = dpsi_t
+    elif predict == "noise":
+        target = x0
+    elif predict == "data":
+        target = x1
+    elif predict == "score":
+        _, sigma_t, _, _ = path.moments(t, x1)
+        target = -x0 / sigma_t  # grad log p_t(x_t | x1)
+    else:
+        raise ValueError(f"predict must be velocity, noise, score or data; got {predict!r}")
+
+    v_t = v(t, x_t.to(x1.dtype), **cond)
+    _check_output(v_t, x1)
+    loss = _weight(weight, predict, path, t, x1) * (v_t - target) ** 2
+    if reduction == "none":
+        return loss
+    if reduction == "mean":
+        # Departure: Eq. (14) sums over dimensions; their mean keeps the learning rate free of d.
+        return loss.mean()
+    raise ValueError(f"reduction must be 'mean' or 'none'; got {reduction!r}")
 
 
 def _weight(weight, predict, path, t, x1):
     """lambda(t) of Eq. (43), to broadcast against x1."""
-    if weight == "sigma^2" or (weight is None and predict == "score"):
-        return path.moments(t, x1)[1] ** 2
+    if weight is None and predict == "score":
+        weight = "sigma^2"
+    if weight is None:
+        return 1.0
+    if weight == "sigma^2":
+        _, sigma_t, _, _ = path.moments(t, x1)
+        return sigma_t**2
     if weight == "beta":
-        return expand(path.beta(1 - t), x1)
-    return 1.0 if weight is None else expand(weight(t), x1)
+        return time_column(path.beta(1 - t), x1)
+    return time_column(weight(t), x1)
 
 
 # The rows of Table 1 as keywords of cfm_loss; "scoreflow" weighs the score for likelihood.
@@ -320,30 +496,34 @@ OBJECTIVES = {
 def as_velocity(model, path, predict):
     """The vector field of a network that predicts "score", "noise", "data" or "velocity", Eq. (46).
 
-    path: affine. ValueError for other kinds, and, in a call, at t = 0 of OTPath for score or noise.
+    path: affine. A call raises ValueError where that tells no velocity: on OTPath and CosinePath a
+    score or noise at t = 0, so start later, by odeint(v, x0, (1e-3, path.t_span[1])).
     """
     _check_path(path, AffinePath)
-    _check_kinds(predict=predict)
 
-    def velocity(t, x, **cond):
-        return path.convert(t, x, model(t, x, **cond), predict, "velocity")
+    def velocity(t, x, /, **cond):
+        output = model(t, x, **cond)
+        _check_output(output, x)
+        return path.convert(t, x, output, predict, "velocity")
 
-    velocity.model = model
     return velocity
 
 
 def ot_coupling(x0, x1) -> Tensor:
     """The permutation p, (B,), with least sum of squared distances x0[p] to x1; needs SciPy.
 
-    Minibatch OT (Tong et al., 2024) says who is paired with whom, the paper's OT path how a pair is
-    joined: cfm_loss(..., x0=x0[p]). With labels use it within each, as noise given one must be
-    N(0, I). ValueError for shapes that differ.
+    It chooses the pairs (minibatch OT, Tong et al., 2024), and the OT path interpolates each pair:
+    cfm_loss(v, path, x1, x0=x0[p]). With labels, couple within each class, so that x0 stays N(0, I)
+    given the label. ValueError for shapes that differ.
     """
     from scipy.optimize import linear_sum_assignment
 
     _require(x0.shape == x1.shape, "x0 and x1 must have one shape", x0, x1)
-    rows, columns = (x.detach().flatten(1).to(_at_least_float32(x.dtype)) for x in (x1, x0))
-    _, assigned = linear_sum_assignment((torch.cdist(rows, columns) ** 2).cpu().numpy())
+    dtype = _at_least_float32(x0.dtype)
+    rows = x1.detach().flatten(1).to(dtype)
+    columns = x0.detach().flatten(1).to(dtype)
+    costs = torch.cdist(rows, columns) ** 2
+    _, assigned = linear_sum_assignment(costs.cpu().numpy())
     return torch.as_tensor(assigned, device=x0.device)
 
 
@@ -353,57 +533,56 @@ def ot_coupling(x0, x1) -> Tensor:
 class Marginal:
     """The exact marginal field u_t, Eq. (8), of data (N, *dims) under an affine path, as v(t, x).
 
-    It is Eq. (15) at the posterior mean of x1, and obeys Eq. (26). x: (B, *dims); t: number, () or
-    (B,). ValueError for t outside path.t_span and data that is not finite.
+    Here q is uniform on the N points. x: (B, *dims); t: a number, () or (B,). A call needs memory
+    for B x N weights. ValueError for t outside path.t_span and data that is not finite.
     """
 
     def __init__(self, path, data):
         _check_path(path, AffinePath)
         _check_batch("data", data)
         self.path = path
-        self.dims = data.shape[1:]
-        self.data = data.reshape(len(data), -1)  # (N, d)
+        self.data = data
 
     def posterior(self, t, x):
-        """p_t(x_i | x), the weight of every data point in Eq. (8), (B, N); rows sum to 1."""
-        return torch.cat([log_w.softmax(1) for log_w, _ in self._log_weights(t, x)])
+        """p_t(x | x_i) q(x_i) / p_t(x), (B, N), the weights of Eq. (8); each row sums to 1."""
+        return self._log_likelihoods(t, x).softmax(1)
 
     def x1_mean(self, t, x):
         """E[x1 | x_t = x], (B, *dims)."""
-        with torch.autocast(x.device.type, enabled=False):
-            data = self.data.to(x)
-            means = [log_w.softmax(1) @ data for log_w, _ in self._log_weights(t, x)]
-        return torch.cat(means).reshape(x.shape)
+        weights = self.posterior(t, x)
+        with torch.autocast(x.device.type, enabled=False):  # it would round the product
+            mean = weights @ self.data.flatten(1).to(weights)
+        return mean.reshape(x.shape)
+
+    def __call__(self, t, x):
+        """u_t(x), Eq. (8), (B, *dims): the sum of u_t(x | x_i) p_t(x | x_i) q(x_i) / p_t(x)."""
+        # u_t(x | x1), Eq. (15), is linear in x1, so its mean is its value at the mean of x1.
+        u_t = self.path.u(t, x.to(_at_least_float32(x.dtype)), self.x1_mean(t, x))
+        return u_t.to(x.dtype)
 
     def log_prob(self, t, x):
         """log p_t(x), Eq. (6), in nats, (B,)."""
-        N, d = self.data.shape
-        chunks = self._log_weights(t, x)
-        log_p = [log_w.logsumexp(1) - d * sigma_t[:, 0].log() for log_w, sigma_t in chunks]
-        return torch.cat(log_p) - d / 2 * math.log(2 * math.pi) - math.log(N)
-
-    def __call__(self, t, x, **cond):
-        """u_t(x), Eq. (8), (B, *dims)."""
-        return self.path.u(t, x, self.x1_mean(t, x))
+        return self._log_likelihoods(t, x).logsumexp(1) - math.log(len(self.data))
 
     def score(self, t, x):
         """grad_x log p_t(x), (B, *dims)."""
-        return self.path.score(t, x, self.x1_mean(t, x))
+        return self.path.score(t, x, self.x1_mean(t, x)).to(x.dtype)
 
-    def _log_weights(self, t, x):
-        """Yields -|x - alpha_t x_i|^2 / (2 sigma_t^2), (Q, N), and sigma_t (Q, 1), Q rows of x."""
-        _require(x.shape[1:] == self.dims, f"x must be (B, *dims) with dims {[*self.dims]}", x)
-        data = self.data.to(x)
-        x = x.reshape(len(x), -1)
+    def _log_likelihoods(self, t, x):
+        """log p_t(x | x_i), Eq. (10), in nats, (B, N)."""
+        dims = self.data.shape[1:]
+        _require(x.shape[1:] == dims, f"x must be (B, *dims) with dims {[*dims]}", x)
         t = _check_times(t, x, self.path.t_span)
-        chunk = max(1, 2**24 // len(data))  # 64 MB of float32
-        for times, points in zip(t.split(chunk), x.split(chunk)):
-            alpha_t, sigma_t, _, _ = self.path.coefficients(times[:, None])
-            scale = torch.where(alpha_t.abs() > 1e-12, alpha_t, 1e-12)
-            # Not by |x|^2 - 2 x x_i + |x_i|^2, which would cancel.
-            direct = "donot_use_mm_for_euclid_dist"
-            distance = scale.abs() * torch.cdist(points / scale, data, compute_mode=direct)
-            yield -(distance**2) / (2 * sigma_t**2), sigma_t
+        x = x.reshape(len(x), -1).to(_at_least_float32(x.dtype))  # (B, d)
+        data = self.data.reshape(len(self.data), -1).to(x)  # (N, d)
+        alpha_t, sigma_t, _, _ = self.path.coefficients(t[:, None])
+        # |x - alpha x_i| as alpha |x / alpha - x_i|, since cdist takes one set of x_i for all rows.
+        # Not by |x|^2 - 2 x x_i + |x_i|^2, which would cancel.
+        alpha_t = torch.where(alpha_t.abs() > 1e-12, alpha_t, 1e-12)
+        exact = "donot_use_mm_for_euclid_dist"
+        distance = alpha_t.abs() * torch.cdist(x / alpha_t, data, compute_mode=exact)
+        log_norm = x.shape[1] * (sigma_t.log() + math.log(2 * math.pi) / 2)
+        return -((distance / sigma_t) ** 2) / 2 - log_norm
 
 
 # ---- 4 Solvers, Eq. (1) ----
@@ -412,7 +591,8 @@ class Marginal:
 class Tableau(NamedTuple):
     """Stage i calls v at (t + C[i] h, x + h sum_j A[i][j] k_j); the step is h sum_j B[j] k_j.
 
-    Without B the last stage is the step, its slope the next one's first. E gives the error for B.
+    If B is None, the last stage is the result, and its slope is the next step's first.
+    The error of the step is estimated by h sum_j E[j] k_j.
     """
 
     C: tuple
@@ -463,113 +643,77 @@ class SolverError(RuntimeError):
         self.x = x.detach()
 
 
-def odeint(v, x, t=(0.0, 1.0), method="dopri5", steps=None, rtol=None, atol=None, max_nfe=None,
-           norm=None, **cond) -> Solution:  # fmt: skip
+def rms(error, **cond):
+    """Root mean square of each row of error (B, *dims), (B,)."""
+    error = error.reshape(len(error), -1)
+    return torch.linalg.vector_norm(error, dim=1) * error.shape[1] ** -0.5
+
+
+def odeint(
+    v,
+    x,
+    t=(0.0, 1.0),
+    *,
+    cond=None,
+    method="dopri5",
+    steps=None,
+    rtol=1e-5,
+    atol=1e-5,
+    max_nfe=10_000,
+    norm=rms,
+) -> Solution:
     """Solution of d/dt x = v(t, x), Eq. (1), from x at t[0] through all times in t, either way.
 
-    method: "euler", "midpoint" and "rk4" share `steps` steps among the intervals; "dopri5" picks
-    them for each sample, their estimated local error at most atol + rtol |x| (1e-5 each if None) in
-    norm, (B, *dims) -> (B,) (RMS if None), in at most max_nfe calls (10,000 if None). cond: tensors
-    of B rows for v. Differentiable: sample under torch.no_grad(). ValueError for bad arguments,
-    SolverError when a step underflows, v is not finite or max_nfe is spent. A step waits for a GPU
-    once, and once more where a sample arrives.
+    x: (B, *dims). cond: tensors with one row per sample, passed to v. method: "dopri5" chooses the
+    steps of each sample on its own, so that their estimated local error has
+    norm(error / (atol + rtol |x|), **cond) <= 1, in at most max_nfe calls of v for each sample.
+    norm takes (B, *dims) and the names in cond, and returns (B,); padding can be masked there.
+    "euler", "midpoint" and "rk4" share `steps` steps among the intervals; rtol, atol, max_nfe and
+    norm have no effect on them. A likelihood needs many fixed steps: with few it is wrong by any
+    amount, in either direction, without a sign of it.
+    Gradients flow through the solve; wrap it in torch.no_grad() to save memory. ValueError for bad
+    arguments and, from dopri5, for a v whose rows see each other. SolverError when a step
+    underflows, v is not finite or max_nfe is spent. dopri5 waits for a GPU once a step, and once
+    more where a sample arrives.
     """
     _check_batch("x", x)
-    _check_cond(cond, x)
-    _warn_of_dropout(v)
+    cond = _check_cond(cond, x)
+    _warn_of_training_mode(v)
     dtype = _at_least_float32(x.dtype)
     times = _solver_times(t, dtype)
-    _check_solver(method, len(times) - 1, steps, rtol, atol, max_nfe)
 
-    def f(t, state, **cond):
-        return _check_shape(v(t, state.to(x.dtype), **cond), state).to(dtype)
+    def f(t, state, /, **cond):
+        slope = v(t, state.to(x.dtype), **cond)
+        _check_output(slope, state)
+        return slope.to(dtype)
 
     if method == "dopri5":
-        rtol, atol = (1e-5 if value is None else value for value in (rtol, atol))
-        max_nfe = 10_000 if max_nfe is None else max_nfe
-        xs, *counts = _dopri5(f, x.to(dtype), times, rtol, atol, max_nfe, norm or _rms, cond)
+        _require(
+            steps is None, "dopri5 picks its own steps; set rtol and atol, or method='rk4'", steps
+        )
+        _check_tolerances(rtol, atol)
+        xs, nfe, accepted, rejected = _dopri5(
+            f, x.to(dtype), times, rtol, atol, max_nfe, norm, cond
+        )
+    elif method in METHODS:
+        _require(steps is not None, f"{method} needs steps, a whole number", steps)
+        steps = operator.index(steps)
+        tableau = METHODS[method]
+        xs = _fixed_steps(f, x.to(dtype), times, tableau, steps, cond)
+        accepted = torch.full((len(x),), steps, device=x.device)
+        nfe = accepted * len(tableau.C)
+        rejected = torch.zeros_like(accepted)
     else:
-        xs, *counts = _fixed_steps(f, x.to(dtype), times, METHODS[method], steps, cond)
-    return Solution(xs[-1].to(x.dtype), xs.to(x.dtype), *counts)
-
-
-@torch.no_grad()
-def sample(v, path, shape, device=None, dtype=None, generator=None, method="dopri5", steps=None,
-           rtol=None, atol=None, max_nfe=None, **cond) -> Solution:  # fmt: skip
-    """Solution of Eq. (1) from x0 ~ N(0, path.source_std^2 I) of shape (B, *dims) over path.t_span.
-
-    Its .x are the samples. All else as in odeint, which also takes your own start and times. If v
-    holds dropout, call v.eval() before.
-    """
-    _check_path(path, ConditionalFlow)
-    x0 = path.sample_source(shape, device, dtype, generator)
-    _check_cond(cond, x0)
-    return odeint(v, x0, path.t_span, method, steps, rtol, atol, max_nfe, **cond)
-
-
-@torch.no_grad()
-def sample_sde(v, path, shape, steps, g=None, device=None, dtype=None, generator=None, **cond):
-    """Samples, (B, *dims), of dx = (v + g^2 / 2 score) dt + g dw by Euler-Maruyama steps.
-
-    In small steps any g, a number or a function of t (a float), has the marginals of the ODE. If
-    None, g^2 = -d/dt sigma_t^2, stable where Euler steps of the ODE are; else concentrated data
-    needs steps h with h g^2 < 2 sigma_t^2. The last step is the ODE's. v: the velocity of an affine
-    path, learned with x0 independent of x1. path.forward_sde's g gives the reverse SDE of Song et
-    al. (2021). ValueError for bad arguments, SolverError when a step is not finite.
-    """
-    _check_path(path, AffinePath)
-    _require(steps >= 1, "steps must be at least 1", steps)
-    _warn_of_dropout(v)
-    x = path.sample_source(shape, device, dtype, generator)
-    _check_cond(cond, x)
-    start, end = path.t_span
-    h = (end - start) / steps
-    for i in range(steps):
-        time = start + i * h
-        t = _as_time(time, x).expand(len(x))
-        v_t = _check_shape(v(t, x, **cond), x)
-        x_new = x + h * v_t
-        g_t = _diffusion(g, path, time) if i + 1 < steps else 0
-        if g_t:
-            score = path.convert(t, x, v_t, "velocity", "score")
-            noise = torch.randn(shape, device=x.device, dtype=x.dtype, generator=generator)
-            x_new = x_new + h * g_t**2 / 2 * score + math.sqrt(h) * g_t * noise
-        _check_step(x_new, t, x)
-        x = x_new.to(x.dtype)
-    return x
-
-
-def _diffusion(g, path, t):
-    """The number g_t; g_t^2 = -d/dt sigma_t^2 if g is None."""
-    if g is None:
-        _, sigma_t, _, dsigma_t = path.coefficients(torch.tensor(t))
-        return max(0.0, -2 * (sigma_t * dsigma_t).item()) ** 0.5
-    return g(t) if callable(g) else g
-
-
-def classifier_free_guidance(v, scale, drop=("y",)):
-    """The field v(without drop) + scale (v(with it) - v(without it)); scale 1 is no guidance.
-
-    drop: the conditioning to leave out, without which v can be called, too. A call costs two of v;
-    ValueError if it has none of drop.
-    """
-
-    def guided(t, x, **cond):
-        rest = {name: value for name, value in cond.items() if name not in drop}
-        rule = f"guidance drops {drop}, of which the call has nothing: set drop"
-        _require(len(rest) < len(cond), rule, [*cond])
-        free = v(t, x, **rest)
-        return free + scale * (v(t, x, **cond) - free)
-
-    guided.model = v
-    return guided
+        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+    xs = torch.stack(xs).to(x.dtype)
+    return Solution(xs[-1], xs, nfe, accepted, rejected)
 
 
 def _weighted_sum(weights, slopes):
     """sum_j weights[j] slopes[j]; a matrix product would round by batch size and autocast."""
     total = weights[0] * slopes[0]
     for weight, slope in zip(weights[1:], slopes[1:]):
-        if weight:
+        if weight != 0:
             total = torch.add(total, slope, alpha=weight)
     return total
 
@@ -581,141 +725,268 @@ def _rk_step(f, tableau, t, t_new, x, k, cond):
     for c, weights in zip(tableau.C[1:], tableau.A[1:]):
         x_new = torch.addcmul(x, h, _weighted_sum(weights, slopes))
         slopes.append(f(torch.lerp(t, t_new, c), x_new, **cond))  # lerp never leaves [t, t_new]
-    if tableau.B:
+    if tableau.B is not None:
         x_new = torch.addcmul(x, h, _weighted_sum(tableau.B, slopes))
-    error = h * _weighted_sum(tableau.E, slopes) if tableau.E else None
+    error = None
+    if tableau.E is not None:
+        error = h * _weighted_sum(tableau.E, slopes)
     return x_new, error, slopes[-1]
 
 
 def _fixed_steps(f, x, times, tableau, steps, cond):
-    """xs (T, B, *dims) and nfe, accepted, rejected (B,) of that many steps."""
-    lengths = [abs(end - start) for start, end in zip(times, times[1:])]
-    counts = [1] * len(lengths)
-    for _ in range(steps - len(lengths)):  # the next step goes where steps are longest
-        step_lengths = [length / count for length, count in zip(lengths, counts)]
-        counts[step_lengths.index(max(step_lengths))] += 1
+    """The states xs at all times, a list of (B, *dims), after that many steps in all."""
     xs = [x]
+    counts = _share_steps(times, steps)
     for start, end, count in zip(times, times[1:], counts):
-        nodes = [start + (end - start) * i / count for i in range(count)] + [end]
-        nodes = x.new_tensor(nodes)[:, None].expand(-1, len(x))
-        for t, t_new in zip(nodes, nodes[1:]):
-            x_new, _, _ = _rk_step(f, tableau, t, t_new, x, f(t, x, **cond), cond)
+        nodes = [start + (end - start) * i / count for i in range(count)]
+        nodes.append(end)
+        for node, next_node in zip(nodes, nodes[1:]):
+            t = x.new_full((len(x),), node)
+            t_new = x.new_full((len(x),), next_node)
+            k = f(t, x, **cond)
+            x_new, _, _ = _rk_step(f, tableau, t, t_new, x, k, cond)
             _check_step(x_new, t, x)
             x = x_new
         xs.append(x)
-    accepted = torch.full((len(x),), steps, device=x.device)
-    return torch.stack(xs), accepted * len(tableau.C), accepted, torch.zeros_like(accepted)
+    return xs
+
+
+def _share_steps(times, steps):
+    """The number of steps in each interval; after one each, the next goes to the longest."""
+    lengths = [abs(end - start) for start, end in zip(times, times[1:])]
+    _require(
+        steps >= len(lengths), f"steps must be at least {len(lengths)}, one an interval", steps
+    )
+    counts = [1] * len(lengths)
+    for _ in range(steps - len(lengths)):
+        step_lengths = [length / count for length, count in zip(lengths, counts)]
+        longest = step_lengths.index(max(step_lengths))
+        counts[longest] += 1
+    return counts
 
 
 def _check_step(x_new, t, x):
     """SolverError where a step from (t, x) to x_new is not finite."""
     bad = ~x_new.isfinite()
     if bad.any():
-        where = f"from t = {t[0]:.6g} in sample {_first(bad)}"
+        where = f"from t = {t[0]:.6g} in sample {_first_row(bad)}"
         raise SolverError(f"the step {where} is not finite; is v there? take more steps", t, x)
 
 
-def _rms(x):
-    """Root mean square of each row of x (B, *dims), (B,)."""
-    x = x.reshape(len(x), -1)
-    return torch.linalg.vector_norm(x, dim=1) * x.shape[1] ** -0.5
-
-
 def _dopri5(f, x, times, rtol, atol, max_nfe, norm, cond):
-    """xs (T, B, *dims) and nfe, accepted, rejected (B,), by steps of each sample's own."""
+    """xs, a list of (B, *dims), and nfe, accepted, rejected (B,), by steps of each sample's own."""
     # Departure: torchdiffeq, the paper's solver, has one step size for the whole batch.
-    grid = x.new_tensor(times)
-    xs = x.new_zeros(len(times), *x.shape)
-    xs[0] = x
-    active = torch.arange(len(x), device=x.device)  # the sample that a row is
-    target = torch.ones_like(active)  # the index of the time that it heads for
-    nfe = torch.zeros_like(active)
-    rejected = torch.zeros_like(active)
-    t = grid[:1].repeat(len(x))
-    h = torch.zeros_like(t)
-    calls = 1
-
-    def fail(bad, why):
-        t_reached = grid[-1:].repeat(xs.shape[1])
-        t_reached[active] = t
-        x_reached = xs[-1].detach().clone()
-        x_reached[active] = x.detach()
-        row = _first(bad)
-        where = f"step {h[row]:.1e} at t = {t[row]:.6g} in sample {active[row]}, NFE {calls}"
-        raise SolverError(f"dopri5: {where}: {why}", t_reached, x_reached)
-
-    k = f(t, x, **cond)
-    bad = ~k.isfinite()
-    if bad.any():
-        fail(bad, "v is not finite at the start; look at it, x and path.t_span")
+    times = x.new_tensor(times)
+    t = times[:1].repeat(len(x))  # (B,), the time that each sample has reached
+    k = f(t, x, **cond)  # (B, *dims), its slope there
     with torch.no_grad():
-        h = _first_step(f, t, x, k, grid[1] - grid[0], rtol, atol, norm, cond)
-    calls += 1
-    while True:
-        if calls + 6 > max_nfe:
-            why = f"max_nfe = {max_nfe} is spent; loosen rtol and atol, or raise it; is v stiff?"
-            fail(active >= 0, why)
-        t_end = grid[target]
-        steps_left = (t_end - t) / h
-        reaches = steps_left <= 1.01
-        h_try = torch.where(steps_left < 2, (t_end - t) / 2, h)  # the last two steps are equal
-        t_new = torch.where(reaches, t_end, t + h_try)
-        x_new, error, k_new = _rk_step(f, DOPRI5, t, t_new, x, k, cond)
-        calls += 6
-        with torch.no_grad():
-            step = t_new - t
-            error = norm(error / (atol + rtol * torch.maximum(x.abs(), x_new.abs())))
-            accepted = error <= 1  # False also where error is NaN
-            growth = (0.9 * torch.exp(-0.2 * torch.log(error))).clamp(0.2, 3).nan_to_num(0.2)
-            h_next = step * growth
-            arrived = accepted & reaches
-            t_next = torch.where(accepted, t_new, t)
-            stuck = (torch.add(t_next, h_next, alpha=0.1) == t_next) & ~arrived
-            flags = torch.stack([accepted.all(), arrived.any(), stuck.any()])
-        all_accepted, any_arrived, any_stuck = flags.tolist()  # the one wait for a GPU
-        if any_stuck:
-            why = "v is singular or not finite near here, or rtol and atol are too tight"
-            fail(stuck, f"the step is below the resolution of t in {t.dtype}; {why}")
-        t = t_next
-        if all_accepted:
-            x = x_new
-            k = k_new
-        else:
-            x = torch.where(_as_column(accepted, x), x_new, x)
-            k = torch.where(_as_column(accepted, x), k_new, k)
-            rejected[active] += ~accepted
-        if any_arrived:
-            xs[target, active] = x  # rows that have not arrived will write again
-            nfe.index_fill_(0, active, calls)
-            was_cut = arrived & (h_next / h < 1)  # which says nothing against a longer step
-            h_next = torch.where(was_cut, h, h_next)
-            target = target + arrived
-            going = (target < len(grid)).nonzero()[:, 0]
-            if len(going) == 0:
-                return xs, nfe, (nfe - 2) // 6 - rejected, rejected
-            if len(going) < len(active):
-                state = (t, h_next, x, k, active, target)
-                t, h_next, x, k, active, target = (s.index_select(0, going) for s in state)
-                cond = {name: c.index_select(0, going) for name, c in cond.items()}
-        h = h_next
+        _check_start(f, t, x, k, times[-1] - times[0], cond)
+        h = _first_step(f, t, x, k, times[1] - times[0], rtol, atol, norm, cond)  # its next step
+    nfe = torch.full_like(t, 2, dtype=torch.long)
+    accepted = torch.zeros_like(nfe)
+    xs = [x]
+    for t_end in times[1:]:
+        going = torch.arange(len(x), device=x.device)  # the samples that are not at t_end yet
+        cond_going = cond
+        while len(going) > 0:
+            t_old, h_old, x_old, k_old = (state.index_select(0, going) for state in (t, h, x, k))
+            rest = t_end - t_old
+            is_last = rest / h_old <= 1.01
+            step = torch.where(rest / h_old < 2, rest / 2, h_old)  # the last two steps are equal
+            t_new = torch.where(is_last, t_end, t_old + step)
+            x_new, error, k_new = _rk_step(f, DOPRI5, t_old, t_new, x_old, k_old, cond_going)
+            with torch.no_grad():
+                scale = atol + rtol * torch.maximum(x_old.abs(), x_new.abs())
+                size = norm(error / scale, **cond_going)
+                accept = size <= 1  # False also where it is NaN
+                arrived = accept & is_last
+                h_new = (t_new - t_old) * _growth(size)
+                was_cut = arrived & (h_new.abs() < h_old.abs())  # cut by t_end, not by its error
+                h = h.index_copy(0, going, torch.where(was_cut, h_old, h_new))
+                t = t.index_copy(0, going, torch.where(accept, t_new, t_old))
+                nfe[going] += 6
+                accepted[going] += accept
+                stuck = (torch.add(t, h, alpha=0.1) == t) & (t != t_end)
+                spent = (nfe + 6 > max_nfe) & (t != times[-1])
+                flags = torch.stack([arrived.any(), stuck.any(), spent.any()])
+            column = _as_column(accept, x)
+            x = x.index_copy(0, going, torch.where(column, x_new, x_old))
+            k = k.index_copy(0, going, torch.where(column, k_new, k_old))
+            any_arrived, any_stuck, any_spent = flags.tolist()  # the one wait for a GPU
+            if any_stuck:
+                _fail(STUCK.format(t.dtype), stuck, t, h, x, nfe)
+            if any_spent:
+                _fail(SPENT.format(max_nfe), spent, t, h, x, nfe)
+            if any_arrived:
+                going = going[~arrived]
+                cond_going = {name: c.index_select(0, going) for name, c in cond.items()}
+        xs.append(x)
+    return xs, nfe, accepted, (nfe - 2) // 6 - accepted
+
+
+STUCK = (
+    "the step is below the resolution of t in {}; v is singular or not finite near here, or rtol"
+    " and atol are too tight"
+)
+SPENT = "max_nfe = {} is spent; loosen rtol and atol, or raise it; is v stiff?"
+
+
+def _fail(why, bad, t, h, x, nfe):
+    """SolverError for the first sample that is bad."""
+    i = _first_row(bad)
+    where = f"step {h[i]:.1e} at t = {t[i]:.6g} in sample {i}, NFE {nfe[i]}"
+    raise SolverError(f"dopri5: {where}: {why}", t, x)
+
+
+def _growth(size):
+    """The factor to the next step after an error of that size, (B,); errors are of order h^5."""
+    # exp(log), as a power would round by the size of the batch. 0.9 for safety.
+    growth = 0.9 * torch.exp(-0.2 * torch.log(size))
+    return growth.clamp(0.2, 3).nan_to_num(0.2)
 
 
 def _first_step(f, t, x, k, span, rtol, atol, norm, cond):
-    """A first step (B,), signed, from two slopes a little apart, inside the first interval.
+    """A first step (B,), signed, inside the first interval, from two slopes a little apart.
 
-    Hairer, Norsett & Wanner (1993), II.4, or, longer, where a field of rate L = |v'| / |v| has an
-    error of 0.1, by |v| L^4 h^5 / 1000: it saves easy fields a fifth of their calls.
+    Sizes are in tolerances. Hairer, Norsett & Wanner (1993), II.4, choose the h at which an error
+    of max(|v|, |v'|) h^5 is 0.01. If it is longer, we take the h at which |v| L^4 h^5 / 1000, the
+    error for a field of rate L = |v'| / |v|, is 0.1: it saves easy fields a fifth of their calls.
     """
     scale = (atol + rtol * x.abs()).clamp(min=torch.finfo(x.dtype).tiny)
-    d1 = norm(k / scale)
-    h0 = torch.minimum(0.01 * norm(x / scale).clamp(min=1e3) / d1, 0.01 * span.abs())
+    size_v = norm(k / scale, **cond)
+    _check_norm(size_v, x)
+    size_x = norm(x / scale, **cond).clamp(min=1000)  # a start near 0 counts as 1,000 tolerances
+    h0 = torch.minimum(0.01 * size_x / size_v, 0.01 * span.abs())
     probe = h0 * span.sign()
     change = f(t + probe, torch.addcmul(x, _as_column(probe, x), k), **cond) - k
-    d2 = norm(change / scale) / h0
-    by_rate = 100 / (d1 * (d2 / d1).square().square())
-    h1 = torch.exp(torch.log(torch.fmax(by_rate, 0.01 / torch.maximum(d1, d2))) / 5)
-    h1 = torch.where(h1.isnan() | (h1 == 0), h0, torch.minimum(h1, 1000 * h0))  # probe not finite
+    size_dv = norm(change / scale, **cond) / h0
+    by_hairer = 0.01 / torch.maximum(size_v, size_dv)
+    by_rate = 100 / (size_v * (size_dv / size_v).square().square())
+    h1 = torch.exp(torch.log(torch.fmax(by_rate, by_hairer)) / 5)
+    h1 = torch.minimum(h1, 1000 * h0)  # two slopes do not tell more
+    h1 = torch.where(h1.isnan() | (h1 == 0), h0, h1)  # the second slope is not finite
     return torch.minimum(h1, span.abs()) * span.sign()
+
+
+def _check_norm(size, x):
+    shape = getattr(size, "shape", None)
+    _require(shape == x.shape[:1], f"norm must return one number per sample, ({len(x)},)", size)
+
+
+def _check_start(f, t, x, k, span, cond):
+    """SolverError where k = f(t, x) is not finite; ValueError where the rows of v see each other.
+
+    For the second, v is called with up to four copies of the last sample. An allowance of a fifth
+    of the slope lets the rounding of other batch sizes pass, in bfloat16, too.
+    """
+    bad = ~k.isfinite()
+    if bad.any():
+        where = f"at the start, t = {t[0]:.6g}, in sample {_first_row(bad)}, NFE 1"
+        way_out = (
+            "look at v, x and path.t_span; where alpha(0) = 0, networks of noise and score start"
+        )
+        way_out += " later: odeint(v, x0, (1e-3, path.t_span[1]))"
+        raise SolverError(f"dopri5: v is not finite {where}: {way_out}", t, x)
+    rule = (
+        "each row of v must depend on its own row of t, x and cond alone: pass tensors with one row"
+        " per sample in cond; make a coupled system one sample, x[None], or take fixed steps; call"
+        " net.eval() where there is dropout or batch norm"
+    )
+    copies = [len(x) - 1] * min(4, 3 * len(x) - 2)  # one of a batch of one, else four
+    try:
+        alone = f(t[copies], x[copies], **{name: c[copies] for name, c in cond.items()})
+    except Exception as error:
+        raise ValueError(f"v fails on a part of the batch ({_describe(error)}): {rule}") from error
+    slope = k[copies]
+    size = rms(slope) + 0.05 * rms(x[copies]) / span.abs()
+    same_as_in_batch = rms(alone - slope) <= 0.2 * size
+    same_as_each_other = rms(alone - alone[:1]) <= 0.01 * size
+    if not (same_as_in_batch & same_as_each_other).all():
+        raise ValueError(f"v gives the last sample another slope alone than in the batch: {rule}")
+
+
+@torch.no_grad()
+def sample(v, path, shape, *, cond=None, device=None, dtype=None, generator=None, **solver):
+    """Solution of Eq. (1) from x0 ~ N(0, path.source_std^2 I) of shape (B, *dims) over path.t_span.
+
+    Its .x are the samples. cond: tensors with one row per sample, passed to v. generator: of x0.
+    solver: method, steps, rtol, atol, max_nfe and norm of odeint, which also takes your own start
+    and times. Call net.eval() before, if v holds dropout or batch norm.
+    """
+    _check_path(path, ConditionalFlow)
+    x0 = path.sample_source(shape, device, dtype, generator)
+    return odeint(v, x0, path.t_span, cond=cond, **solver)
+
+
+@torch.no_grad()
+def sample_sde(
+    v, path, shape, *, steps, g=None, cond=None, device=None, dtype=None, generator=None
+) -> Tensor:
+    """Samples, (B, *dims), of dx = (v + g^2 / 2 score) dt + g dw by Euler-Maruyama steps.
+
+    v: the velocity of an affine path, learned with x0 independent of x1. g: a number, or a function
+    of t (a float) that returns one; in small steps each has the marginals of the ODE. If None,
+    g^2 = -d/dt sigma_t^2. Steps h must have h g^2 < 2 sigma_t^2 to be stable near concentrated
+    data, and far less to be accurate there. The last step is the ODE's. The g of path.forward_sde,
+    lambda t: path.forward_sde(t, torch.zeros(1))[1], gives the reverse SDE of Song et al. (2021).
+    ValueError for bad arguments, SolverError when a step is not finite.
+    """
+    _check_path(path, AffinePath)
+    _require(steps >= 1, "steps must be at least 1", steps)
+    _warn_of_training_mode(v)
+    x = path.sample_source(shape, device, dtype, generator)
+    cond = _check_cond(cond, x)
+    out_dtype = x.dtype
+    x = x.to(_at_least_float32(out_dtype))
+    start, end = path.t_span
+    h = (end - start) / steps
+    for i in range(steps):
+        time = start + i * h
+        t = _as_time(time, x).expand(len(x))
+        v_t = v(t, x.to(out_dtype), **cond)
+        _check_output(v_t, x)
+        x_new = x + h * v_t
+        is_last = i + 1 == steps
+        g_t = _diffusion(g, path, time)
+        if g_t != 0 and not is_last:
+            score = path.convert(t, x, v_t, "velocity", "score")
+            noise = torch.randn(x.shape, device=x.device, dtype=out_dtype, generator=generator)
+            x_new = x_new + h * g_t**2 / 2 * score + math.sqrt(h) * g_t * noise
+        _check_step(x_new, t, x)
+        x = x_new
+    return x.to(out_dtype)
+
+
+def _diffusion(g, path, t):
+    """The number g_t; g_t^2 = -d/dt sigma_t^2 if g is None."""
+    if g is None:
+        _, sigma_t, _, dsigma_t = path.coefficients(torch.tensor(t))
+        return math.sqrt(max(0.0, -2 * (sigma_t * dsigma_t).item()))
+    g_t = float(g(t)) if callable(g) else float(g)
+    _require(math.isfinite(g_t), f"g must be finite on path.t_span; at t = {t:.6g} cap it", g_t)
+    return g_t
+
+
+def classifier_free_guidance(v, scale, drop=("y",)):
+    """The field v(without drop) + scale (v(with it) - v(without it)); scale 1 is no guidance.
+
+    scale: one number; one for each sample is a matter of cond in a field of your own. drop: names
+    in cond that are left out of the second call, one or several. A call of the field costs two of
+    v, and raises ValueError if cond has none of these names.
+    """
+    if isinstance(drop, str):
+        drop = (drop,)
+    rule = "scale must be a number; pass one for each sample as cond of a field of your own"
+    _require(not isinstance(scale, Tensor) or scale.ndim == 0, rule, scale)
+
+    def guided(t, x, /, **cond):
+        rest = {name: value for name, value in cond.items() if name not in drop}
+        rule = f"guidance drops {drop}, none of which is in cond: set drop"
+        _require(len(rest) < len(cond), rule, [*cond])
+        without = v(t, x, **rest)
+        return without + scale * (v(t, x, **cond) - without)
+
+    return guided
 
 
 # ---- 5 Likelihood, Appendix C ----
@@ -730,24 +1001,36 @@ class LogProb(NamedTuple):
     nfe: Tensor
 
 
-def log_prob(v, x1, path, divergence="exact", probes=1, differentiable=False, method="dopri5",
-             steps=None, rtol=None, atol=None, max_nfe=None, **cond) -> LogProb:  # fmt: skip
+def log_prob(
+    v,
+    path,
+    x1,
+    *,
+    cond=None,
+    divergence="exact",
+    probes=1,
+    differentiable=False,
+    generator=None,
+    norm=rms,
+    **solver,
+) -> LogProb:
     """log p_1(x1) in nats, (B,), by the reverse ODE of Eqs. (31)-(33), as a LogProb record.
 
-    x1: (B, *dims). path: for t_span and source_std; OTPath() for a v of your own from N(0, I).
-    divergence: "exact" trace, d products a call, or "hutchinson", Eq. (34), by `probes` Rademacher
-    vectors drawn once a solve. differentiable: whether gradients reach v's weights and x1, for
-    maximum likelihood. All else as in odeint; the log-determinant is held to the tolerances on its
-    own. If v holds dropout, call v.eval() before.
+    path supplies t_span and source_std; OTPath() serves a v of your own from N(0, I). x1:
+    (B, *dims). cond: tensors with one row per sample, passed to v. divergence: "exact" trace, d
+    products a call, or "hutchinson", Eq. (34), by `probes` Rademacher vectors drawn once a solve,
+    from generator. differentiable: whether gradients reach the weights of v and x1, for maximum
+    likelihood. norm: as in odeint, of the error in x; the log-determinant is held to the tolerances
+    beside it. solver: method, steps, rtol, atol and max_nfe of odeint, with its errors.
     """
     _check_path(path, ConditionalFlow)
     _check_batch("x1", x1)
-    _check_cond(cond, x1)
-    _warn_of_dropout(v)
+    cond = _check_cond(cond, x1)
+    _warn_of_training_mode(v)
     exact = divergence == "exact"
     known = exact or divergence == "hutchinson"
     _require(known, "divergence must be 'exact' or 'hutchinson'", divergence)
-    _require(probes >= 1 and (probes == 1 or not exact), "probes >= 1 are hutchinson's", probes)
+    _require(probes == 1 or not exact, "probes are for divergence='hutchinson'", probes)
     B, *dims = x1.shape
     d = x1[0].numel()
     with torch.inference_mode(False):  # tensors made under it cannot be differentiated
@@ -755,66 +1038,83 @@ def log_prob(v, x1, path, divergence="exact", probes=1, differentiable=False, me
         cond = {name: c.clone() for name, c in cond.items()}
     if exact:
         basis = torch.eye(d, dtype=x1.dtype, device=x1.device).view(d, 1, *dims)
-    else:  # Departure: the paper names no law; Rademacher signs have the least variance
-        cond["_eps"] = torch.randint(2, (B, probes, *dims), device=x1.device).to(x1.dtype) * 2 - 1
+    else:
+        # Departure: the paper names no law of z; signs (Rademacher) have the least variance.
+        shape = (B, probes, *dims)
+        z = torch.randint(2, shape, device=x1.device, generator=generator).to(x1.dtype) * 2 - 1
+        cond["_probes"] = z  # a private name: like cond, each row goes with its sample
 
-    def augmented(t, state, _eps=None, **cond):  # d/dt [phi_t, f(t)], Eqs. (28)-(29)
+    def augmented(t, state, /, _probes=None, **cond):
+        """d/dt [phi_t(x), f(t)] = [v_t, -div v_t], Eqs. (28)-(29), (B, d + P), a column a probe."""
         x = state[:, :d].reshape(-1, *dims).to(x1.dtype)
-        rows = basis if exact else _eps.movedim(1, 0)  # probes follow their samples
-        v_t, products = _divergence(v, t, x, rows, differentiable, cond)
-        div_t = products.sum(1, keepdim=True) if exact else products
+        if exact:
+            v_t, diagonal = _jacobian_products(v, t, x, basis, differentiable, cond)
+            div_t = diagonal.sum(1, keepdim=True)
+        else:
+            v_t, div_t = _jacobian_products(v, t, x, _probes.movedim(1, 0), differentiable, cond)
         return torch.cat([v_t.reshape(len(x), d).to(state.dtype), -div_t], 1)
 
-    def norm(error):
-        return torch.maximum(_rms(error[:, :d]), _rms(error[:, d:]))
+    def larger_norm(error, _probes=None, **cond):
+        size_x = norm(error[:, :d].reshape(-1, *dims), **cond)
+        _check_norm(size_x, error)
+        return torch.maximum(size_x, rms(error[:, d:]))
 
     # Attention's fused kernels have no double backward, and their backward no batching rule.
     math_attention = sdpa_kernel(SDPBackend.MATH)
     with torch.inference_mode(False), torch.set_grad_enabled(differentiable), math_attention:
-        state = torch.cat([x1.reshape(B, d), x1.new_zeros(B, probes)], 1)
+        state = torch.cat([x1.reshape(B, d), x1.new_zeros(B, probes)], 1)  # [x1, 0], Eq. (32)
         state = state.to(_at_least_float32(x1.dtype))
         times = path.t_span[::-1]
-        solution = odeint(augmented, state, times, method, steps, rtol, atol, max_nfe, norm, **cond)
+        solution = odeint(augmented, state, times, cond=cond, norm=larger_norm, **solver)
         x0 = solution.x[:, :d]
-        f0 = solution.x[:, d:]
+        f0 = solution.x[:, d:]  # (B, P)
         std = path.source_std
         log_p0 = -((x0 / std) ** 2 + math.log(2 * math.pi * std**2)).sum(1) / 2
-        log_p = log_p0 - f0.mean(1)  # Eqs. (33), (35)
-        std_err = torch.full_like(log_p, 0.0 if exact else math.nan)
-        if probes > 1:
+        log_p1 = log_p0 - f0.mean(1)  # Eq. (33), or Eq. (35)
+        if exact:
+            std_err = torch.zeros_like(log_p1)
+        elif probes == 1:
+            std_err = torch.full_like(log_p1, math.nan)
+        else:
             std_err = f0.std(1) / math.sqrt(probes)
-    return LogProb(log_p, std_err, x0.reshape(x1.shape).to(x1.dtype), solution.nfe)
+    return LogProb(log_p1, std_err, x0.reshape(x1.shape).to(x1.dtype), solution.nfe)
 
 
-def _divergence(v, t, x, rows, create_graph, cond):
-    """v_t (B, *dims) and row^T (dv/dx) row for rows (P, B or 1, *dims), Eq. (34): (B, P)."""
+def _jacobian_products(v, t, x, vectors, create_graph, cond):
+    """v_t (B, *dims) and z^T (dv/dx) z, Eq. (34), (B, P), for vectors z (P, B or 1, *dims)."""
     with torch.enable_grad():
         if not (create_graph and x.requires_grad):
             x = x.detach().requires_grad_()
-        v_t = _check_shape(v(t, x, **cond), x)
+        v_t = v(t, x, **cond)
+        _check_output(v_t, x)
         products = []
-        for piece in rows.split(max(1, 2**22 // x.numel())):  # batches of 16 MB
-            piece = piece.expand(-1, *x.shape)
-            product = piece * _vjps(v_t, x, piece, create_graph, len(rows) > 1)
-            sums = product.reshape(len(piece), len(x), -1).sum(2, dtype=_at_least_float32(x.dtype))
-            products.append(sums)
-        div_t = torch.cat(products).T
-    return (v_t, div_t) if create_graph else (v_t.detach(), div_t.detach())
+        for z in vectors.split(max(1, 2**22 // x.numel())):  # batches of 16 MB
+            z = z.expand(-1, *x.shape)
+            product = z * _vector_jacobian_products(v_t, x, z, create_graph, len(vectors) > 1)
+            product = product.reshape(len(z), len(x), -1)
+            products.append(product.sum(2, dtype=_at_least_float32(x.dtype)))
+        products = torch.cat(products).T
+    if create_graph:
+        return v_t, products
+    return v_t.detach(), products.detach()
 
 
-def _vjps(v_t, x, rows, create_graph, again):
-    """rows^T dv/dx, (P, B, *dims), in one reverse pass, or row by row; 0 where v ignores x."""
-    if not v_t.requires_grad:
-        return torch.zeros_like(rows)
-    options = {"retain_graph": again or create_graph, "create_graph": create_graph}
-    options["materialize_grads"] = True
-    if len(rows) > 1:
+def _vector_jacobian_products(v_t, x, vectors, create_graph, again):
+    """z^T dv/dx for each of the vectors z, (P, B, *dims), in one reverse pass if v allows it."""
+    if not v_t.requires_grad:  # v ignores x and has no weights
+        return torch.zeros_like(vectors)
+    options = {
+        "retain_graph": again or create_graph,
+        "create_graph": create_graph,
+        "materialize_grads": True,  # 0 where v ignores x
+    }
+    if len(vectors) > 1:
         try:
-            return torch.autograd.grad(v_t, x, rows, is_grads_batched=True, **options)[0]
-        except RuntimeError as e:
-            if not any(word in str(e) for word in ("vmap", "atching rule", "donated", "storage")):
-                raise  # else a part of the network, custom or compiled, takes no batch
-    return torch.stack([torch.autograd.grad(v_t, x, row, **options)[0] for row in rows])
+            return torch.autograd.grad(v_t, x, vectors, is_grads_batched=True, **options)[0]
+        except RuntimeError:
+            pass  # a part of v, custom or compiled, takes no batch; what else is wrong shows below
+    rows = [torch.autograd.grad(v_t, x, z, **options)[0] for z in vectors]
+    return torch.stack(rows)
 
 
 class BitsPerDim(NamedTuple):
@@ -825,24 +1125,28 @@ class BitsPerDim(NamedTuple):
     nfe: Tensor
 
 
-def bits_per_dim(v, images, path, K=1, divergence="hutchinson", **options) -> BitsPerDim:
+def bits_per_dim(
+    v, path, images, *, K=1, divergence="hutchinson", generator=None, **options
+) -> BitsPerDim:
     """Bits per dimension, (B,), of uint8 images (B, *dims) under uniform dequantisation.
 
-    Eq. (47) with K draws of the noise and the constant of Eq. (37); v works on (x + u) / 128 - 1 in
-    [-1, 1). options: keywords of log_prob, cond included. K > 1 with Hutchinson's trace is biased:
-    a mean of exponentials. ValueError for other images.
+    Eq. (47) with K draws u of the noise and the constant of Eq. (37); v works on
+    (x + u) / 128 - 1 in [-1, 1). generator: of u and of the probes. options: of log_prob, cond
+    included. K > 1 with Hutchinson's trace is biased: a mean of exponentials. ValueError for other
+    images.
     """
     fits = isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim > 1
-    _require(fits and len(images), "images must be uint8 (B, *dims)", images)
-    d = images[0].numel()
+    _require(fits and len(images) > 0, "images must be uint8 (B, *dims)", images)
+    options = {"divergence": divergence, "generator": generator, **options}
     draws = []
     for _ in range(K):
-        y = (images + torch.rand(images.shape, device=images.device)) / 128 - 1  # Eq. (36)
-        draws.append(log_prob(v, y, path, divergence, **options))
+        u = torch.rand(images.shape, device=images.device, generator=generator)
+        draws.append(log_prob(v, path, (images + u) / 128 - 1, **options))  # Eq. (36)
     log_p = torch.stack([draw.log_prob for draw in draws])  # (K, B)
     std_errs = torch.stack([draw.std_err for draw in draws])
-    bpd = -(log_p.logsumexp(0) - math.log(K)) / (d * math.log(2)) + 7  # Eqs. (47), (37)
-    std_err = torch.linalg.vector_norm(log_p.softmax(0) * std_errs, dim=0) / (d * math.log(2))
+    nats_per_bit = images[0].numel() * math.log(2)
+    bpd = -(log_p.logsumexp(0) - math.log(K)) / nats_per_bit + 7  # Eqs. (47), (37)
+    std_err = torch.linalg.vector_norm(log_p.softmax(0) * std_errs, dim=0) / nats_per_bit
     return BitsPerDim(bpd, std_err, sum(draw.nfe for draw in draws))
 
 
@@ -850,7 +1154,7 @@ def bits_per_dim(v, images, path, K=1, divergence="hutchinson", **options) -> Bi
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm in 32 groups or as many as divide the channels, in bfloat16 also under autocast."""
+    """GroupNorm in gcd(32, channels) groups, in bfloat16 also under autocast."""
 
     def __init__(self, channels):
         super().__init__(math.gcd(32, channels), channels)
@@ -859,8 +1163,9 @@ class GroupNorm(nn.GroupNorm):
         if x.dtype == _at_least_float32(x.dtype):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):  # it would keep float32 for backward
-            weights = self.weight.to(x.dtype), self.bias.to(x.dtype)
-            return F.group_norm(x, self.num_groups, *weights, self.eps)
+            weight = self.weight.to(x.dtype)
+            bias = self.bias.to(x.dtype)
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 def zeroed(layer):
@@ -895,6 +1200,8 @@ class Attention(nn.Module):
     def __init__(self, c, head_channels):
         super().__init__()
         self.heads = max(1, c // head_channels)
+        rule = f"channels with attention must divide into heads of about {head_channels}"
+        _require(c % self.heads == 0, rule, c)
         self.norm = GroupNorm(c)
         self.qkv = nn.Linear(c, 3 * c)
         self.proj = zeroed(nn.Linear(c, c))
@@ -919,101 +1226,131 @@ class Stage(nn.Sequential):
 
     def forward(self, x, emb):
         for layer in self:
-            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            else:
+                x = layer(x)
         return x
 
 
-@dataclass(eq=False, repr=False)
 class UNet(nn.Module):
-    """v_t(x) for images, as net(t, x, y=None, cond=None); call net.eval() before sampling.
+    """v_t(x) for images, as net(t, x, y=None, concat=None); call net.eval() before sampling.
 
     attention_resolutions: image sizes in pixels that have it; the middle always does. num_classes:
-    of labels y, where num_classes itself and None mean no label. cond_channels: of an image cond
-    beside x. UNet(**net.config) builds the network again. Levels of 8, 16 or 32 channels, one a
-    group, lose time and label in their norms: use 48 or more. ValueError for sizes that do not fit.
+    of labels y, where num_classes itself and None mean no label. concat_channels: of an image
+    concat that the network sees beside x. UNet(**net.config) builds the network again. With 8, 16
+    or 32 channels each is a group of its own, whose norm erases time and label: use 48 or more.
+    ValueError for sizes that do not fit.
     """
 
-    image_size: int = 32
-    in_channels: int = 3
-    out_channels: int = 3
-    channels: int = 128
-    channel_mult: tuple = (1, 2, 2, 2)
-    num_res_blocks: int = 2
-    attention_resolutions: tuple = (16,)
-    head_channels: int = 64
-    dropout: float = 0.1
-    num_classes: int = None
-    time_scale: float = 1000.0
-    cond_channels: int = 0
-
-    def __post_init__(self):
+    def __init__(
+        self,
+        image_size=32,
+        in_channels=3,
+        out_channels=3,
+        channels=128,
+        channel_mult=(1, 2, 2, 2),
+        num_res_blocks=2,
+        attention_resolutions=(16,),
+        head_channels=64,
+        dropout=0.1,
+        num_classes=None,
+        time_scale=1000.0,
+        concat_channels=0,
+    ):
         super().__init__()
-        self.channel_mult = list(self.channel_mult)  # as it comes from JSON
-        self.attention_resolutions = list(self.attention_resolutions)
-        self.config = {field.name: getattr(self, field.name) for field in fields(self)}
-        sizes = [self.image_size // 2**level for level in range(len(self.channel_mult))]
-        unit = 2 ** (len(sizes) - 1)
-        fits = self.image_size % unit == 0
-        _require(fits, f"image_size must be a multiple of {unit}", self.image_size)
-        known = {*self.attention_resolutions} <= {*sizes}
-        _require(known, f"attention_resolutions must be among {sizes}", self.attention_resolutions)
-        widths = [int(self.channels * multiple) for multiple in self.channel_mult]
-        c_emb = 4 * self.channels
+        self.config = {
+            "image_size": image_size,
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "channels": channels,
+            "channel_mult": list(channel_mult),  # as it comes from JSON
+            "num_res_blocks": num_res_blocks,
+            "attention_resolutions": list(attention_resolutions),
+            "head_channels": head_channels,
+            "dropout": dropout,
+            "num_classes": num_classes,
+            "time_scale": time_scale,
+            "concat_channels": concat_channels,
+        }
+        self.channels = channels
+        self.num_classes = num_classes
+        self.time_scale = time_scale
+        levels = len(channel_mult)
+        self.unit = 2 ** (levels - 1)  # of the sizes of images
+        sizes = [image_size // 2**level for level in range(levels)]
+        widths = [int(channels * multiple) for multiple in channel_mult]
+        c_emb = 4 * channels
+        _require(channels % 2 == 0, "channels must be even, for sines and cosines of t", channels)
+        rule = f"image_size must be a multiple of {self.unit} for {levels} levels"
+        _require(image_size % self.unit == 0, rule, image_size)
+        known = set(attention_resolutions) <= set(sizes)
+        _require(known, f"attention_resolutions must be among {sizes}", attention_resolutions)
 
         def stage(c_in, c_out, size):
-            layers = Stage(ResBlock(c_in, c_out, c_emb, self.dropout))
-            attend = size in self.attention_resolutions
-            return layers.append(Attention(c_out, self.head_channels)) if attend else layers
+            layers = Stage(ResBlock(c_in, c_out, c_emb, dropout))
+            if size in attention_resolutions:
+                layers.append(Attention(c_out, head_channels))
+            return layers
 
-        # The order of the lines below is ADM's order of weights, which from_adm relies on.
-        first, last = nn.Linear(self.channels, c_emb), nn.Linear(c_emb, c_emb)
-        self.embed = nn.Sequential(first, nn.SiLU(), last)
-        self.label = nn.Embedding(self.num_classes + 1, c_emb) if self.num_classes else None
+        self.embed = nn.Sequential(nn.Linear(channels, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
+        self.label = nn.Embedding(num_classes + 1, c_emb) if num_classes else None
         c = widths[0]
-        skips = [c]
-        first = nn.Conv2d(self.in_channels + self.cond_channels, c, 3, padding=1)
-        self.down = nn.ModuleList([Stage(first)])
+        skips = [c]  # the channels of what goes over to the way up
+        self.down = nn.ModuleList(
+            [Stage(nn.Conv2d(in_channels + concat_channels, c, 3, padding=1))]
+        )
         for size, width in zip(sizes, widths):
-            if size < self.image_size:
+            if size < image_size:
                 self.down.append(Stage(nn.Conv2d(c, c, 3, stride=2, padding=1)))
                 skips.append(c)
-            for _ in range(self.num_res_blocks):
+            for _ in range(num_res_blocks):
                 self.down.append(stage(c, width, size))
                 c = width
                 skips.append(c)
-        self.middle = Stage(ResBlock(c, c, c_emb, self.dropout), Attention(c, self.head_channels))
-        self.middle.append(ResBlock(c, c, c_emb, self.dropout))
+        self.middle = Stage(
+            ResBlock(c, c, c_emb, dropout),
+            Attention(c, head_channels),
+            ResBlock(c, c, c_emb, dropout),
+        )
         self.up = nn.ModuleList()
-        for size, width in zip(sizes[::-1], widths[::-1]):
-            for _ in range(self.num_res_blocks + 1):
+        for size, width in zip(reversed(sizes), reversed(widths)):
+            for _ in range(num_res_blocks + 1):
                 self.up.append(stage(c + skips.pop(), width, size))
                 c = width
-            if size < self.image_size:
+            if size < image_size:
                 self.up[-1].append(Upsample(c, c, 3, padding=1))
-        last = zeroed(nn.Conv2d(c, self.out_channels, 3, padding=1))
+        last = zeroed(nn.Conv2d(c, out_channels, 3, padding=1))
         self.head = nn.Sequential(GroupNorm(c), nn.SiLU(), last)
         self.to(memory_format=torch.channels_last)  # strides only; the activations follow them
 
     def embedding(self, t, x, y):
         """What the residual blocks see of time and label: (B, 4 channels), or (1, 4 channels)."""
-        t = torch.atleast_1d(_as_time(t, x))  # not in bfloat16, whose 8 bits are few for 1000 t
+        t = torch.atleast_1d(_as_time(t, x))  # float32: bfloat16 cannot resolve 1000 t
         half = self.channels // 2
         frequencies = 1e4 ** (-torch.arange(half, dtype=t.dtype, device=x.device) / half)
         angle = self.time_scale * t[:, None] * frequencies
         emb = self.embed(torch.cat([angle.cos(), angle.sin()], 1).to(x.dtype))
         if self.label is None:
             return emb
-        return emb + (self.label.weight[self.num_classes] if y is None else self.label(y))
+        if y is None:
+            return emb + self.label.weight[self.num_classes]
+        return emb + self.label(y)
 
-    def forward(self, t, x, y=None, cond=None):
+    def forward(self, t, x, y=None, concat=None):
         """v_t(x), (B, out_channels, H, W), for images x (B, in_channels, H, W) in about [-1, 1].
 
-        t: a number, () or (B,). y: int64 (B,), 0 to num_classes. cond: (B, cond_channels, H, W).
-        Dropout is at work until net.eval().
+        t: a number, () or (B,). y: int64 (B,), 0 to num_classes. concat: (B, concat_channels, H,
+        W). Dropout is at work until net.eval().
         """
         _require(y is None or self.label is not None, "y needs a network with num_classes", y)
+        height, width = x.shape[2:]
+        fits = height % self.unit == 0 and width % self.unit == 0
+        _require(fits, f"height and width must be multiples of {self.unit}", (height, width))
         emb = F.silu(self.embedding(t, x, y))
-        h = x if cond is None else torch.cat([x, cond.to(x.dtype)], 1)
+        h = x
+        if concat is not None:
+            h = torch.cat([x, concat.to(x.dtype)], 1)
         skips = []
         for stage in self.down:
             h = stage(h, emb)
@@ -1025,17 +1362,44 @@ class UNet(nn.Module):
 
     @classmethod
     def from_adm(cls, checkpoint, time_scale=1.0, **config):
-        """UNet with the weights of torchcfm's UNetModelWrapper, taken by order, not by name.
+        """UNet with the weights of torchcfm's UNetModelWrapper.
 
-        checkpoint: its state dict, or a dict with that under ema_model or net_model. Those networks
-        saw t itself, so time_scale is 1; config says the rest. RuntimeError for other shapes.
+        checkpoint: its state dict, or a dict with that under ema_model or net_model. The file does
+        not tell these: config, the settings as of UNet; that the network saw t itself, so
+        time_scale is 1; that it has no class_cond and no use_new_attention_order, whose layout
+        differs. RuntimeError for other names and shapes.
         """
         net = cls(time_scale=time_scale, **config)
         theirs = checkpoint.get("ema_model", checkpoint.get("net_model", checkpoint))
-        names = [*net.state_dict(), *list(theirs)[len(net.state_dict()) :]]
-        weights = [w.flatten(1) if w.ndim == 3 else w for w in theirs.values()]  # 1x1 Conv1d
-        net.load_state_dict(dict(zip(names, weights)))
+        weights = {}
+        for name, weight in theirs.items():
+            for their_part, our_part in ADM_NAMES.items():
+                name = name.replace(their_part, our_part)
+            if weight.ndim == 3:  # 1x1 Conv1d, a linear layer here
+                weight = weight.flatten(1)
+            weights[name] = weight
+        net.load_state_dict(weights)
         return net
+
+
+# Parts of the names of torchcfm's weights, in the order in which they are replaced.
+ADM_NAMES = {
+    "module.": "",
+    "time_embed.": "embed.",
+    "input_blocks.": "down.",
+    "middle_block.": "middle.",
+    "output_blocks.": "up.",
+    "in_layers.0.": "norm_in.",
+    "in_layers.2.": "conv_in.",
+    "emb_layers.1.": "emb.",
+    "out_layers.0.": "norm_out.",
+    "out_layers.3.": "conv_out.",
+    "skip_connection.": "skip.",
+    "proj_out.": "proj.",
+    ".op.": ".",
+    ".conv.": ".",
+    "out.": "head.",
+}
 
 
 # ---- 7 Checks ----
@@ -1044,60 +1408,25 @@ class UNet(nn.Module):
 def _require(condition, rule, *got):
     """ValueError with the rule and what came instead, unless the condition holds."""
     if not condition:
-        raise ValueError(rule + "".join(f"; got {_describe(x)}" for x in got))
+        raise ValueError(rule + "".join(f"; got {_describe(value)}" for value in got))
 
 
-def _describe(x):
-    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
+def _describe(value):
+    """The value in at most 80 characters."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _any(mask):
-    """Whether a value is True; on a GPU, whose host would wait for the answer, False."""
+def _any_on_cpu(mask):
+    """mask.any(), but False on a GPU, whose host would wait for the answer."""
     return mask.device.type == "cpu" and bool(mask.any())
 
 
-def _first(mask):
-    """The first row of mask (B, ...) with a True."""
+def _first_row(mask):
+    """The index of the first row of mask (B, ...) with a True."""
     return mask.reshape(len(mask), -1).any(1).int().argmax().item()
-
-
-def _at_least_float32(dtype):
-    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
-
-
-def _as_time(t, x):
-    """t, a number or a tensor, as a tensor beside x, in float32 or better."""
-    dtype = _at_least_float32(x.dtype)
-    if isinstance(t, Tensor):
-        return t.to(x.device, dtype)
-    return torch.full((), t, dtype=dtype, device=x.device)
-
-
-def _as_column(a, x):
-    """a, () or (B,), as a view that broadcasts against x (B, *dims)."""
-    return a.reshape(a.shape + (1,) * (x.ndim - a.ndim))
-
-
-def _derivative(f, t):
-    """f(t) and d/dt f(t), row by row, by forward-mode autodiff."""
-    with warnings.catch_warnings():  # torch 2.14 warns of its own torch.jit.script
-        warnings.filterwarnings("ignore", ".*torch.jit.script", FutureWarning)
-        return torch.func.jvp(f, (t.contiguous(),), (torch.ones_like(t),))
-
-
-def _check_batch(name, x):
-    fits = isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 0 and x.numel() > 0
-    _require(fits, f"{name} must be floating point (B, *dims) with B >= 1", x)
-    _require(not _any(~x.isfinite()), f"{name} must be finite", x)
-
-
-def _check_cond(cond, x):
-    for name, c in cond.items():
-        rule = "samples start at noise and run over path.t_span; else odeint(v, x0, t=path.t_span)"
-        _require(name not in ("x0", "t"), f"{name} is no option here: {rule}; [::-1] encodes")
-        fits = isinstance(c, Tensor) and c.ndim > 0 and len(c) == len(x)
-        rule = f"{name} is no option here, so it is conditioning: a tensor of {len(x)} rows"
-        _require(fits, rule, c)
 
 
 def _check_path(path, kind):
@@ -1105,119 +1434,113 @@ def _check_path(path, kind):
     _require(isinstance(path, kind), rule, path)
 
 
-def _check_shape(v_t, x):
-    shape = getattr(v_t, "shape", type(v_t).__name__)
+def _check_batch(name, x):
+    fits = isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 0 and x.numel() > 0
+    _require(fits, f"{name} must be floating point (B, *dims) with B >= 1", x)
+    _require(not _any_on_cpu(~x.isfinite()), f"{name} must be finite", x)
+
+
+def _check_cond(cond, x):
+    """cond as a dictionary."""
+    if cond is None:
+        return {}
+    _require(isinstance(cond, dict), "cond must be a dictionary of tensors", cond)
+    for name, value in cond.items():
+        fits = isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(x)
+        rule = f"cond[{name!r}] must be a tensor of {len(x)} rows, one per sample"
+        _require(fits, f"{rule}; leave it out, or bind it in a function", value)
+    return cond
+
+
+def _check_output(v_t, x):
+    shape = getattr(v_t, "shape", None)
     if shape != x.shape:
-        raise ValueError(f"v must return the shape of x, {tuple(x.shape)}; got {shape}")
-    return v_t
-
-
-def _check_kinds(**kinds):
-    for name, kind in kinds.items():
-        fits = kind in ("velocity", "score", "noise", "data")
-        _require(fits, f"{name} must be velocity, score, noise or data", kind)
+        raise ValueError(f"v must return the shape of x, {tuple(x.shape)}; got {_describe(v_t)}")
 
 
 def _check_times(t, x, t_span):
-    """t as (B,), inside the span."""
+    """t as (B,), inside the span: up to 1e-4 outside, as by rounding, it moves to the end.
+
+    Further outside, ValueError on the CPU; on a GPU, which is not asked to wait, NaN.
+    """
     t = _as_time(t, x)
     fits = t.shape in ((), (len(x),))
     _require(fits, f"t must have shape () or ({len(x)},), as x has rows", t)
-    if _any(~((t >= t_span[0]) & (t <= t_span[1]))):
+    start, end = t_span
+    outside = ~((t >= start - 1e-4) & (t <= end + 1e-4))  # True also for NaN
+    if _any_on_cpu(outside):
         rule = f"t must lie in the path's t_span {tuple(t_span)}"
         raise ValueError(f"{rule}; got {t.min():.6g} to {t.max():.6g}")
-    return t.expand(len(x))
+    return t.clamp(start, end).masked_fill(outside, math.nan).expand(len(x))
 
 
-def _check_divisor(divisor, t, what, path):
-    bad = (divisor == 0) | ~divisor.isfinite()
-    if _any(bad):
-        first = expand(t, bad).expand_as(bad)[bad][0]
-        raise ValueError(f"{what} at t = {first:.6g} of {path!r}: stay inside t_span {path.t_span}")
+def _check_pairs(path, x0, x1):
+    """ValueError unless x0 can be paired with x1; on the CPU psi_0(x0) = x0 is looked at."""
+    _check_batch("x0", x0)
+    _require(x0.shape == x1.shape, "x0 must have the shape of x1", x0, x1)
+    rule = (
+        f"x0 cannot be paired on {path!r}, whose psi_0(x0) is not x0: leave x0 out, or use OTPath"
+    )
+    _require(path.allows_pairs, rule)
+    start, _ = path.psi_dpsi(torch.full((len(x1),), path.t_span[0], device=x1.device), x0, x1)
+    _require(not _any_on_cpu((start - x0).abs() > 0.01 * (1 + x0.abs())), rule)
 
 
-def _whole_span(sigma_1):
-    return (0.0, 1.0) if sigma_1 > 1e-6 else (0.0, 1 - 1e-5)
+def _check_regular(what, singular, t, path):
+    """ValueError where singular (B, ..) is True, with what it is and a way out."""
+    if _any_on_cpu(singular):
+        where = time_column(t, singular.float()).expand_as(singular)[singular][0].item()
+        start, end = path.t_span
+        way_out = f"stay inside t_span {path.t_span}"
+        if start <= where <= end:
+            way_out = "start later: odeint(v, x0, (1e-3, path.t_span[1]))"
+        raise ValueError(f"{what} at t = {where:.6g} of {path!r}: {way_out}")
 
 
-def _schedule_ends(alpha, sigma, check):
-    """alpha(0), sigma(0) and sigma(1) as numbers, checked."""
+def _schedule_ends(schedule):
+    """The values at t = 0 and t = 1, as numbers."""
     ends = []
-    for schedule in (alpha, sigma):
-        for t in (0.0, 1.0):  # without dimensions, so that it goes with weights on any device
-            value = schedule(torch.tensor(t))
-            rule = "alpha and sigma must be torch functions of t, as lambda t: t or torch.ones_like"
-            _require(isinstance(value, Tensor), rule, value)
-            ends.append(value.item())
-    alpha_0, alpha_1, sigma_0, sigma_1 = ends
-    if check:
-        rule = "sigma(0) must be > 0 and sigma(1) in [0, sigma(0)) unless check_ends=False"
-        _require(-1e-6 < sigma_1 < sigma_0 < math.inf, rule, sigma_0, sigma_1)
-        rule = "alpha(1) must be 1, or samples are a multiple of the data, unless check_ends=False"
-        _require(abs(alpha_1 - 1) < 0.01, rule, alpha_1)
-        _check_start(alpha_0, sigma_0, "let alpha(0) be 0")
-    return alpha_0, sigma_0, sigma_1
+    for t in (0.0, 1.0):
+        value = schedule(torch.tensor(t))  # without dimensions, so weights on any device will do
+        rule = "alpha and sigma must be torch functions of t, as lambda t: t or torch.ones_like"
+        _require(isinstance(value, Tensor), rule, value)
+        ends.append(value.item())
+    return ends
 
 
-def _check_start(alpha_0, sigma_0, way_out):
-    rule = "alpha(0) / sigma(0) must be at most 0.1, as a solve starts from pure noise"
-    way_out = f"{way_out}, or use AffinePath(alpha, sigma, check_ends=False)"
-    _require(abs(alpha_0) <= 0.1 * sigma_0, f"{rule}: {way_out}", alpha_0, sigma_0)
-
-
-def _loss_arguments(path, x1, x0, noise, t, predict, weight, reduction, cond):
-    """t (B,) and x0 (B, *dims) for cfm_loss; on a GPU no value is looked at."""
-    _check_kinds(predict=predict)
-    _check_path(path, GaussianPath if predict == "score" else ConditionalFlow)
-    _check_batch("x1", x1)
-    _check_cond(cond, x1)
-    named = weight is None or weight == "sigma^2" or (weight == "beta" and hasattr(path, "beta"))
-    rule = "weight must be None, 'sigma^2', 'beta' (on VPPath) or a function of t"
-    _require(named or callable(weight), rule, weight, path)
-    _require(reduction in ("mean", "none"), "reduction must be 'mean' or 'none'", reduction)
-    _require(x0 is None or noise is None, "x0, your pairs, and noise, your draw, are alternatives")
-    rule = f"x0 cannot be paired on {path!r}, whose psi_0(x0) is not x0; give noise, or use OTPath"
-    _require(x0 is None or path.allows_pairs, rule)
-    if t is None:  # Departure: t ~ U[t_span] in each row, but stratified: less variance
-        t = path.sample_t(len(x1), x1.device, x1.dtype)
-    t = _check_times(t, x1, path.t_span)
-    for given in (x0, noise):
-        if given is not None:
-            _check_batch("x0 or noise", given)
-            _require(given.shape == x1.shape, "x0 or noise must have the shape of x1", given, x1)
-            return t, given
-    return t, torch.randn_like(x1)
+def _check_ends(alpha_0, alpha_1, sigma_0, sigma_1):
+    way_out = "or use AffinePath(alpha, sigma, check_ends=False)"
+    rule = f"sigma(0) must be > 0 and sigma(1) in [0, sigma(0)), {way_out}"
+    _require(-1e-6 < sigma_1 < sigma_0 < math.inf, rule, sigma_0, sigma_1)
+    rule = f"alpha(1) must be 1, or samples are a multiple of the data, {way_out}"
+    _require(abs(alpha_1 - 1) < 0.01, rule, alpha_1)
+    rule = "alpha(0) / sigma(0) must be at most 0.1, as a solve starts from pure noise: "
+    rule += f"raise beta_max of VPPath, sigma_max of VEPath, {way_out}"
+    _require(abs(alpha_0) <= 0.1 * sigma_0, rule, alpha_0, sigma_0)
 
 
 def _solver_times(t, dtype):
     """t as two or more Python numbers that rise or fall strictly in that dtype."""
     times = t.tolist() if isinstance(t, Tensor) else [float(time) for time in t]
     steps = torch.tensor(times, dtype=dtype).diff()
-    fits = len(times) > 1 and steps.isfinite().all() and ((steps > 0).all() or (steps < 0).all())
+    one_way = bool((steps > 0).all()) or bool((steps < 0).all())
+    fits = len(times) > 1 and bool(steps.isfinite().all()) and one_way
     _require(fits, f"t must be two or more times, all rising or all falling in {dtype}", t)
     return times
 
 
-def _check_solver(method, intervals, steps, rtol, atol, max_nfe):
-    _require(method in METHODS, f"method must be one of {', '.join(METHODS)}", method)
-    if method == "dopri5":
-        rule = "dopri5 picks its own steps; set rtol and atol, or method='rk4'"
-        _require(steps is None, rule, steps)
-        given = [value for value in (rtol, atol) if value is not None]
-        fits = all(0 <= value < math.inf for value in given) and given != [0, 0]
-        _require(fits, "rtol and atol must be >= 0, finite, and not both 0", rtol, atol)
-    else:
-        fits = rtol is None and atol is None and max_nfe is None
-        _require(fits, f"rtol, atol and max_nfe are for dopri5; {method} takes steps alone")
-        fits = isinstance(steps, int) and steps >= intervals
-        _require(
-            fits, f"{method} needs steps, at least one for each of {intervals} intervals", steps
-        )
+def _check_tolerances(rtol, atol):
+    fits = 0 <= rtol < math.inf and 0 <= atol < math.inf and rtol + atol > 0
+    _require(fits, "rtol and atol must be >= 0, finite, and not both 0", rtol, atol)
 
 
-def _warn_of_dropout(v):
-    while not isinstance(v, nn.Module) and hasattr(v, "model"):
-        v = v.model
-    if isinstance(v, nn.Module) and v.training:
-        if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in v.modules()):
-            warnings.warn("v is in train mode, with dropout: call v.eval() first", stacklevel=4)
+def _warn_of_training_mode(v):
+    """A warning if v is a module in training mode with dropout or batch norm in it."""
+    if not isinstance(v, nn.Module) or not v.training:
+        return
+    kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+    for module in v.modules():
+        if isinstance(module, kinds) and getattr(module, "p", 1) > 0:
+            text = "v is in training mode, with dropout or batch norm: call v.eval() first"
+            warnings.warn(text, stacklevel=3)
+            return

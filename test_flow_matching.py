@@ -97,7 +97,7 @@ def constant(t, x):
 
 
 def wave(t, x, **cond):
-    return torch.sin(fm.expand(t, x) * x)
+    return torch.sin(fm.time_column(t, x) * x)
 
 
 def recorded(v):
@@ -116,7 +116,7 @@ def standard_normal(x, std=1.0):
 
 def elementwise(t, x1):
     """Moments with each dimension at its own speed."""
-    t = fm.expand(t, x1)
+    t = fm.time_column(t, x1)
     speed = torch.arange(1, 4, dtype=x1.dtype)
     sigma_t = torch.exp(-speed * t)
     return t * x1, sigma_t, x1, -speed * sigma_t
@@ -202,7 +202,7 @@ def test_eq10_log_prob_and_score(path):
 
 class CurvedFlow(fm.ConditionalFlow):
     def psi(self, t, x0, x1):  # not affine in x0
-        t = fm.expand(t, x0)
+        t = fm.time_column(t, x0)
         return torch.sinh(x0 * (1 - t)) + t**2 * x1 + t * (1 - t) * x0 * x1
 
 
@@ -555,8 +555,8 @@ def test_a_step_cut_short_by_a_requested_time_is_taken_up_again():
 @cases("dims", [(), (3,), (2, 5)], ids=str)
 def test_dopri5_sample_does_not_feel_its_batch_and_costs_what_it_costs_alone(dtype, dims):
     rate = torch.linspace(0.1, 3, 37, dtype=dtype)
-    x = fm.expand(rate, torch.empty(37, *dims)) * torch.randn(37, *dims, dtype=dtype)
-    v, seen = recorded(lambda t, x, rate: -x * x * x + fm.expand(t * rate, x) * x)
+    x = fm.time_column(rate, torch.empty(37, *dims)) * torch.randn(37, *dims, dtype=dtype)
+    v, seen = recorded(lambda t, x, rate: -x * x * x + fm.time_column(t * rate, x) * x)
     together = odeint(v, x, (0, 0.3, 1), rate=rate)
     assert together.nfe.unique().numel() > 3  # they do take steps of their own
     assert sum(map(len, seen)) == together.nfe.sum()  # none for finished samples
@@ -654,7 +654,7 @@ def test_half_precision_keeps_its_times_in_float32(dtype):
     record = log_prob(v, y, OT, method="euler", steps=1)
     assert_near(record.log_prob, standard_normal(0.75 * y.float()) - 250.25, 0.02)
     assert samples.dtype == solution.x.dtype == record.x0.dtype == dtype
-    assert {t.dtype for t in [*seen, *more, fm.expand(0.7, x)]} == {torch.float32}
+    assert {t.dtype for t in [*seen, *more, fm.time_column(0.7, x)]} == {torch.float32}
 
 
 def test_solver_error_keeps_the_state_of_every_sample():
@@ -713,7 +713,7 @@ def test_samples_run_from_the_source_to_the_data_and_follow_their_generator(opti
 @cases("std, g", [(0.01, None), (0.05, None), (0.5, 1.0)])
 def test_sde_has_the_marginals_of_gaussian_data_and_is_stable_near_a_point(path, std, g):
     def u(t, x):
-        alpha, sigma, dalpha, dsigma = path.coefficients(fm.expand(t, x))
+        alpha, sigma, dalpha, dsigma = path.coefficients(fm.time_column(t, x))
         return (alpha * dalpha * std**2 + sigma * dsigma) / (alpha**2 * std**2 + sigma**2) * x
 
     alpha, sigma, _, _ = path.coefficients(torch.tensor(path.t_span[1]))
