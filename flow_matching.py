@@ -643,7 +643,7 @@ class SolverError(RuntimeError):
         self.x = x.detach()
 
 
-def rms(error, **cond):
+def rms(error, /, **cond):
     """Root mean square of each row of error (B, *dims), (B,)."""
     error = error.reshape(len(error), -1)
     return torch.linalg.vector_norm(error, dim=1) * error.shape[1] ** -0.5
@@ -691,7 +691,7 @@ def odeint(
         _require(
             steps is None, "dopri5 picks its own steps; set rtol and atol, or method='rk4'", steps
         )
-        _check_tolerances(rtol, atol)
+        _check_tolerances(rtol, atol, max_nfe)
         xs, nfe, accepted, rejected = _dopri5(
             f, x.to(dtype), times, rtol, atol, max_nfe, norm, cond
         )
@@ -1054,7 +1054,7 @@ def log_prob(
             v_t, div_t = _jacobian_products(v, t, x, _probes.movedim(1, 0), differentiable, cond)
         return torch.cat([v_t.reshape(len(x), d).to(state.dtype), -div_t], 1)
 
-    def larger_norm(error, _probes=None, **cond):
+    def larger_norm(error, /, _probes=None, **cond):
         size_x = norm(error[:, :d].reshape(-1, *dims), **cond)
         _check_norm(size_x, error)
         return torch.maximum(size_x, rms(error[:, d:]))
@@ -1398,7 +1398,8 @@ ADM_NAMES = {
     "proj_out.": "proj.",
     ".op.": ".",
     ".conv.": ".",
-    "out.": "head.",
+    "out.0.": "head.0.",
+    "out.2.": "head.2.",
 }
 
 
@@ -1453,9 +1454,9 @@ def _check_cond(cond, x):
 
 
 def _check_output(v_t, x):
-    shape = getattr(v_t, "shape", None)
+    shape = v_t.shape if isinstance(v_t, Tensor) else type(v_t).__name__
     if shape != x.shape:
-        raise ValueError(f"v must return the shape of x, {tuple(x.shape)}; got {_describe(v_t)}")
+        raise ValueError(f"v must return the shape of x, {tuple(x.shape)}; got {shape}")
 
 
 def _check_times(t, x, t_span):
@@ -1529,7 +1530,9 @@ def _solver_times(t, dtype):
     return times
 
 
-def _check_tolerances(rtol, atol):
+def _check_tolerances(rtol, atol, max_nfe):
+    rule = "max_nfe must be at least 8: two calls to start and six a step"
+    _require(max_nfe >= 8, rule, max_nfe)
     fits = 0 <= rtol < math.inf and 0 <= atol < math.inf and rtol + atol > 0
     _require(fits, "rtol and atol must be >= 0, finite, and not both 0", rtol, atol)
 
