@@ -312,9 +312,7 @@ class VPPath(AffinePath):
 
     def __init__(self, beta_min=0.1, beta_max=20.0):
         fits = 0 <= beta_min <= beta_max < math.inf
-        _require(
-            fits, "beta_min and beta_max must have 0 <= beta_min <= beta_max", beta_min, beta_max
-        )
+        _require(fits, "VPPath needs 0 <= beta_min <= beta_max", beta_min, beta_max)
         self.beta_min = beta_min
         self.beta_max = beta_max
         super().__init__()
@@ -353,12 +351,7 @@ class VEPath(AffinePath):
 
     def __init__(self, sigma_min=0.01, sigma_max=10.0):
         fits = 0 < sigma_min < sigma_max < math.inf
-        _require(
-            fits,
-            "sigma_min and sigma_max must have 0 < sigma_min < sigma_max",
-            sigma_min,
-            sigma_max,
-        )
+        _require(fits, "VEPath needs 0 < sigma_min < sigma_max", sigma_min, sigma_max)
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
         super().__init__()
@@ -548,7 +541,7 @@ class Marginal:
         return self._log_likelihoods(t, x).softmax(1)
 
     def x1_mean(self, t, x):
-        """E[x1 | x_t = x], (B, *dims)."""
+        """E[x1 | x_t = x], (B, *dims), the mean of the x_i under the weights of Eq. (8)."""
         weights = self.posterior(t, x)
         with torch.autocast(x.device.type, enabled=False):  # it would round the product
             mean = weights @ self.data.flatten(1).to(weights)
@@ -687,19 +680,18 @@ def odeint(
         _check_output(slope, state)
         return slope.to(dtype)
 
+    start = x.to(dtype)
     if method == "dopri5":
-        _require(
-            steps is None, "dopri5 picks its own steps; set rtol and atol, or method='rk4'", steps
-        )
+        rule = "dopri5 picks its own steps; set rtol and atol, or method='rk4'"
+        _require(steps is None, rule, steps)
         _check_tolerances(rtol, atol, max_nfe)
-        xs, nfe, accepted, rejected = _dopri5(
-            f, x.to(dtype), times, rtol, atol, max_nfe, norm, cond
-        )
+        xs, nfe, accepted = _dopri5(f, start, times, rtol, atol, max_nfe, norm, cond)
+        rejected = (nfe - 2) // 6 - accepted
     elif method in METHODS:
         _require(steps is not None, f"{method} needs steps, a whole number", steps)
         steps = operator.index(steps)
         tableau = METHODS[method]
-        xs = _fixed_steps(f, x.to(dtype), times, tableau, steps, cond)
+        xs = _fixed_steps(f, start, times, tableau, steps, cond)
         accepted = torch.full((len(x),), steps, device=x.device)
         nfe = accepted * len(tableau.C)
         rejected = torch.zeros_like(accepted)
@@ -754,9 +746,8 @@ def _fixed_steps(f, x, times, tableau, steps, cond):
 def _share_steps(times, steps):
     """The number of steps in each interval; after one each, the next goes to the longest."""
     lengths = [abs(end - start) for start, end in zip(times, times[1:])]
-    _require(
-        steps >= len(lengths), f"steps must be at least {len(lengths)}, one an interval", steps
-    )
+    rule = f"steps must be at least {len(lengths)}, one an interval"
+    _require(steps >= len(lengths), rule, steps)
     counts = [1] * len(lengths)
     for _ in range(steps - len(lengths)):
         step_lengths = [length / count for length, count in zip(lengths, counts)]
@@ -774,7 +765,7 @@ def _check_step(x_new, t, x):
 
 
 def _dopri5(f, x, times, rtol, atol, max_nfe, norm, cond):
-    """xs, a list of (B, *dims), and nfe, accepted, rejected (B,), by steps of each sample's own."""
+    """xs, a list of (B, *dims), and nfe, accepted (B,), by steps of each sample's own."""
     # Departure: torchdiffeq, the paper's solver, has one step size for the whole batch.
     times = x.new_tensor(times)
     t = times[:1].repeat(len(x))  # (B,), the time that each sample has reached
@@ -821,7 +812,7 @@ def _dopri5(f, x, times, rtol, atol, max_nfe, norm, cond):
                 going = going[~arrived]
                 cond_going = {name: c.index_select(0, going) for name, c in cond.items()}
         xs.append(x)
-    return xs, nfe, accepted, (nfe - 2) // 6 - accepted
+    return xs, nfe, accepted
 
 
 STUCK = (
@@ -883,16 +874,17 @@ def _check_start(f, t, x, k, span, cond):
     if bad.any():
         where = f"at the start, t = {t[0]:.6g}, in sample {_first_row(bad)}, NFE 1"
         way_out = (
-            "look at v, x and path.t_span; where alpha(0) = 0, networks of noise and score start"
+            "look at v, x and path.t_span; networks of noise or score start later on OTPath and"
+            " CosinePath: odeint(v, x0, (1e-3, path.t_span[1]))"
         )
-        way_out += " later: odeint(v, x0, (1e-3, path.t_span[1]))"
         raise SolverError(f"dopri5: v is not finite {where}: {way_out}", t, x)
     rule = (
         "each row of v must depend on its own row of t, x and cond alone: pass tensors with one row"
         " per sample in cond; make a coupled system one sample, x[None], or take fixed steps; call"
         " net.eval() where there is dropout or batch norm"
     )
-    copies = [len(x) - 1] * min(4, 3 * len(x) - 2)  # one of a batch of one, else four
+    last = len(x) - 1
+    copies = [last] if len(x) == 1 else [last, last, last, last]
     try:
         alone = f(t[copies], x[copies], **{name: c[copies] for name, c in cond.items()})
     except Exception as error:
