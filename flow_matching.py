@@ -509,9 +509,9 @@ def ot_coupling(x0, x1) -> Tensor:
     cfm_loss(v, path, x1, x0=x0[p]). With labels, couple within each class, so that x0 stays N(0, I)
     given the label. ValueError for shapes that differ.
     """
+    _require(x0.shape == x1.shape, "x0 and x1 must have one shape", x0, x1)
     from scipy.optimize import linear_sum_assignment
 
-    _require(x0.shape == x1.shape, "x0 and x1 must have one shape", x0, x1)
     dtype = _at_least_float32(x0.dtype)
     rows = x1.detach().flatten(1).to(dtype)
     columns = x0.detach().flatten(1).to(dtype)

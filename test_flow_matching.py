@@ -1223,7 +1223,8 @@ def test_log_prob_of_a_compiled_network(monkeypatch):
     assert log_prob(compiled, OT, x1, divergence="hutchinson").log_prob.isfinite().all()
     config = importlib.import_module("torch._functorch.config")
     torch._dynamo.reset()
-    monkeypatch.setattr(config, "donated_buffer", False, raising=False)
+    if hasattr(config, "donated_buffer"):  # since torch 2.6
+        monkeypatch.setattr(config, "donated_buffer", False)
     assert_close(log_prob(compiled, OT, x1), plain)  # row by row
 
 
