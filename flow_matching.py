@@ -775,56 +775,58 @@ def _dopri5(f, x, times, rtol, atol, max_nfe, norm, cond):
         h = _first_step(f, t, x, k, times[1] - times[0], rtol, atol, norm, cond)  # its next step
     nfe = torch.full_like(t, 2, dtype=torch.long)
     accepted = torch.zeros_like(nfe)
+    batch = (t, h, x, k, nfe, accepted)
     xs = [x]
     for t_end in times[1:]:
-        going = torch.arange(len(x), device=x.device)  # the samples that are not at t_end yet
+        going = torch.arange(len(xs[0]), device=x.device)  # the samples that are not at t_end yet
+        t, h, x, k, nfe, accepted = batch  # theirs
         cond_going = cond
         while len(going) > 0:
-            t_old, h_old, x_old, k_old = (state.index_select(0, going) for state in (t, h, x, k))
-            rest = t_end - t_old
-            is_last = rest / h_old <= 1.01
-            step = torch.where(rest / h_old < 2, rest / 2, h_old)  # the last two steps are equal
-            t_new = torch.where(is_last, t_end, t_old + step)
-            x_new, error, k_new = _rk_step(f, DOPRI5, t_old, t_new, x_old, k_old, cond_going)
+            rest = t_end - t
+            is_last = rest / h <= 1.01
+            step = torch.where(rest / h < 2, rest / 2, h)  # the last two steps are equal
+            t_new = torch.where(is_last, t_end, t + step)
+            x_new, error, k_new = _rk_step(f, DOPRI5, t, t_new, x, k, cond_going)
             with torch.no_grad():
-                scale = atol + rtol * torch.maximum(x_old.abs(), x_new.abs())
+                scale = atol + rtol * torch.maximum(x.abs(), x_new.abs())
                 size = norm(error / scale, **cond_going)
                 accept = size <= 1  # False also where it is NaN
                 arrived = accept & is_last
-                h_new = (t_new - t_old) * _growth(size)
-                was_cut = arrived & (h_new.abs() < h_old.abs())  # cut by t_end, not by its error
-                h = h.index_copy(0, going, torch.where(was_cut, h_old, h_new))
-                t = t.index_copy(0, going, torch.where(accept, t_new, t_old))
-                nfe[going] += 6
-                accepted[going] += accept
-                stuck = (torch.add(t, h, alpha=0.1) == t) & (t != t_end)
-                spent = (nfe + 6 > max_nfe) & (t != times[-1])
-                flags = torch.stack([arrived.any(), stuck.any(), spent.any()])
-            column = _as_column(accept, x)
-            x = x.index_copy(0, going, torch.where(column, x_new, x_old))
-            k = k.index_copy(0, going, torch.where(column, k_new, k_old))
+                h_new = (t_new - t) * _growth(size)
+                was_cut = arrived & (h_new.abs() < h.abs())  # cut by t_end, not by its error
+                h = torch.where(was_cut, h, h_new)
+                t = torch.where(accept, t_new, t)
+                nfe = nfe + 6
+                accepted = accepted + accept
+                is_stuck = (torch.add(t, h, alpha=0.1) == t) & ~arrived
+                is_spent = (nfe + 6 > max_nfe) & (t != times[-1])
+                flags = torch.stack([arrived.any(), is_stuck.any(), is_spent.any()])
+            x = torch.where(_as_column(accept, x), x_new, x)
+            k = torch.where(_as_column(accept, x), k_new, k)
             any_arrived, any_stuck, any_spent = flags.tolist()  # the one wait for a GPU
-            if any_stuck:
-                _fail(STUCK.format(t.dtype), stuck, t, h, x, nfe)
-            if any_spent:
-                _fail(SPENT.format(max_nfe), spent, t, h, x, nfe)
-            if any_arrived:
+            if any_arrived or any_stuck or any_spent:
+                parts = (t, h, x, k, nfe, accepted)
+                batch = [whole.index_copy(0, going, part) for whole, part in zip(batch, parts)]
+                _check_going(going, is_stuck, is_spent, batch)
                 going = going[~arrived]
+                t, h, x, k, nfe, accepted = (whole.index_select(0, going) for whole in batch)
                 cond_going = {name: c.index_select(0, going) for name, c in cond.items()}
-        xs.append(x)
-    return xs, nfe, accepted
+        xs.append(batch[2])
+    return xs, batch[4], batch[5]
 
 
-STUCK = (
-    "the step is below the resolution of t in {}; v is singular or not finite near here, or rtol"
-    " and atol are too tight"
-)
-SPENT = "max_nfe = {} is spent; loosen rtol and atol, or raise it; is v stiff?"
-
-
-def _fail(why, bad, t, h, x, nfe):
-    """SolverError for the first sample that is bad."""
-    i = _first_row(bad)
+def _check_going(going, is_stuck, is_spent, batch):
+    """SolverError for the first sample that is stuck or has spent its NFE."""
+    t, h, x, _, nfe, _ = batch
+    if is_stuck.any():
+        i = going[_first_row(is_stuck)]
+        why = f"the step is below the resolution of t in {t.dtype}; v is singular or not finite"
+        why += " near here, or rtol and atol are too tight"
+    elif is_spent.any():
+        i = going[_first_row(is_spent)]
+        why = "max_nfe is spent; loosen rtol and atol, or raise it; is v stiff?"
+    else:
+        return
     where = f"step {h[i]:.1e} at t = {t[i]:.6g} in sample {i}, NFE {nfe[i]}"
     raise SolverError(f"dopri5: {where}: {why}", t, x)
 

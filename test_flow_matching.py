@@ -658,11 +658,11 @@ def shaken(t, x):
 @cases("most, calls", [(8, 8), (13, 8), (14, 14)])
 def test_max_nfe_is_never_overrun(most, calls):
     v, seen = recorded(shaken)
-    with pytest.raises(fm.SolverError, match=f"0, NFE {calls}: max_nfe = {most} is spent"):
+    with pytest.raises(fm.SolverError, match=f"0, NFE {calls}: max_nfe is spent"):
         odeint(v, torch.zeros(1, 1), max_nfe=most)
     assert len(seen) == calls + 1  # the look at the rows of v is not counted
     seen.clear()
-    with pytest.raises(fm.SolverError, match=f"max_nfe = {most} is spent"):
+    with pytest.raises(fm.SolverError, match="max_nfe is spent"):
         odeint(v, torch.zeros(1, 1), (0, 0.001, 1), max_nfe=most)  # nor is it by another interval
     assert len(seen) <= most + 1
 
