@@ -236,7 +236,7 @@ class AffinePath(GaussianPath):
         """The value, (B, *dims), of kind target at (t, x), from a value of kind source: Eq. (46).
 
         Kinds are velocity, score, noise (x0) and data (x1). Linear, so it also converts posterior
-        means; scores only if x0 is independent of x1. ValueError where source does not tell target.
+        means; scores only if x0 is independent of x1. ValueError where the equations are singular.
         """
         if source == target:
             return value
@@ -247,7 +247,7 @@ class AffinePath(GaussianPath):
         c, d = _row(target, *coefficients)
         determinant = alpha_t * b - sigma_t * a
         singular = (determinant == 0) | ~(determinant + c + d).isfinite()
-        _check_regular(f"{source} does not tell {target}", singular, t, self)
+        _check_regular(f"{source} to {target} is singular", singular, t, self)
         x1 = (b * x - sigma_t * value) / determinant
         x0 = (alpha_t * value - a * x) / determinant
         return c * x1 + d * x0

@@ -401,7 +401,7 @@ def test_conversions_raise_at_their_singular_ends_and_name_the_way_out(path, t, 
     way_out = r"stay inside t_span \(0.0, 0.99999\)"
     if t == 0:  # which is inside
         way_out = r"start later: odeint\(v, x0, \(1e-3, path.t_span\[1\]\)\)"
-    words = rf"{source} does not tell {target} at t = {t:g} .*{way_out}"
+    words = rf"{source} to {target} is singular at t = {t:g} .*{way_out}"
     with pytest.raises(ValueError, match=words):
         path.convert(torch.tensor([0.5, t, 0.5, 0.5]), x, x, source, target)
     assert path.convert(t, x, x, source, source) is x
