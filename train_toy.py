@@ -10,83 +10,179 @@ python train_toy.py --figure               Figure 3, Theorem 1: conditional path
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
+import tempfile
 import time
-from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.special import ndtr
 from torchvision.ops import MLP
-from torchvision.transforms.functional import pil_to_tensor
 
 import flow_matching as fm
 
+
+@dataclass
+class Method:
+    """What differs between the rows of a table."""
+
+    path: str
+    objective: str = "velocity"
+    coupling: str = "independent"
+    reflow: int = 0  # rounds of training again
+
+
 ABLATION = {  # Table 1, and below it what later papers do to the pairs (x0, x1)
-    "DDPM": {"path": "vp", "objective": "noise"},
-    "score matching": {"path": "vp", "objective": "score"},
-    "ScoreFlow": {"path": "vp", "objective": "scoreflow"},
-    "FM, diffusion": {"path": "vp"},
-    "FM, OT": {"path": "ot"},
-    "minibatch OT": {"path": "ot", "coupling": "ot"},
-    "reflow": {"path": "ot", "reflow": 1},
+    "DDPM": Method("vp", objective="noise"),
+    "score matching": Method("vp", objective="score"),
+    "ScoreFlow": Method("vp", objective="scoreflow"),
+    "FM, diffusion": Method("vp"),
+    "FM, OT": Method("ot"),
+    "minibatch OT": Method("ot", coupling="ot"),
+    "reflow": Method("ot", reflow=1),
 }
+MAIN_ROWS = ("DDPM", "FM, diffusion", "FM, OT")  # of the ablation, in pictures of their own
+START_AT_X0 = ("ot", "cosine")  # the paths on which psi_0(x0) = x0 and alpha(0) = 0
 NFES = (2, 4, 8, 10, 20, 40, 100)
 STAGES = {"midpoint": 2, "euler": 1, "rk4": 4}  # calls of v a step
 
 
 # ---- Settings ----
 def parse_args(argv=None):
-    """The settings, and those of every row, tried: a mistake ends with one line and exit code 2."""
-    p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flag = p.add_argument
-    flag("--path", nargs="+", default=["ot"], choices=fm.PATHS, help="a row for each")
-    flag("--objective", default="velocity", choices=fm.OBJECTIVES, help="rows of Table 1")
-    flag("--coupling", default="independent", choices=("independent", "ot"), help="pairs x0, x1")
-    flag("--reflow", type=int, default=0, help="rounds of training again on the flow's own pairs")
-    flag("--sigma-min", type=float, default=1e-4, help="of the OT path, Eq. (20)")
-    flag("--net", default="fourier", choices=("fourier", "paper"), help="4 x 64 or 5 x 512")
-    flag("--data", default="checkerboard", help=f"{', '.join(MIXTURES)} or a PNG file")
-    flag("--steps", type=int, default=7000, help="optimizer steps")
-    flag("--batch", type=int, default=2048, help="samples a step")
-    flag("--lr", type=float, default=4e-3, help="peak learning rate")
-    flag("--seed", type=int, default=0, help="of weights, data and noise")
-    flag("--sde", action="store_true", help="samples by the SDE, too")
-    flag("--samples", type=int, default=50000, help="in pictures; 4000 at most are measured")
-    flag("--out", type=Path, default="runs/toy", help="folder for pictures, numbers and weights")
-    flag("--ablation", action="store_true", help=f"train the rows {'; '.join(ABLATION)}")
-    flag("--figure", action="store_true", help="draw closed forms, train nothing")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    """The settings. What would fail after training is refused here, with one line, exit code 2."""
+    p = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    group = p.add_argument_group("what is trained")
+    group.add_argument(
+        "--path",
+        nargs="+",
+        default=["ot"],
+        choices=fm.PATHS,
+        help="probability paths; each is trained and is a row of the table",
+    )
+    group.add_argument(
+        "--objective",
+        default="velocity",
+        choices=fm.OBJECTIVES,
+        help="what the network predicts and how its loss is weighted, Table 1",
+    )
+    group.add_argument(
+        "--coupling",
+        default="independent",
+        choices=("independent", "ot"),
+        help="how noise is paired with data; ot is minibatch optimal transport",
+    )
+    group.add_argument(
+        "--reflow",
+        type=int,
+        default=0,
+        help="rounds of training again, on the pairs that the last flow makes",
+    )
+    group.add_argument(
+        "--sigma-min",
+        type=float,
+        default=1e-4,
+        help="std of the OT path at t = 1, Eq. (20), in units of the data's std",
+    )
+    group.add_argument(
+        "--data",
+        default="checkerboard",
+        help=f"checkerboard, {', '.join(MIXTURES)} or a picture file, whose dark "
+        "pixels are the density",
+    )
+    group.add_argument(
+        "--ablation",
+        action="store_true",
+        help=f"train the rows {'; '.join(ABLATION)}; needs SciPy",
+    )
+    group.add_argument(
+        "--figure",
+        action="store_true",
+        help="train nothing; draw conditional paths and exact flows",
+    )
+    group = p.add_argument_group("network and training")
+    group.add_argument(
+        "--net",
+        default="fourier",
+        choices=("fourier", "paper"),
+        help="fourier: 4 layers of 64 on Fourier features; paper: 5 of 512 on (t, x)",
+    )
+    group.add_argument("--steps", type=int, default=7000, help="optimizer steps")
+    group.add_argument("--batch", type=int, default=2048, help="samples in an optimizer step")
+    group.add_argument(
+        "--lr",
+        type=float,
+        default=4e-3,
+        help="peak learning rate of Adam, after 200 steps of warm-up",
+    )
+    group.add_argument("--seed", type=int, default=0, help="seed of weights, data and noise")
+    group.add_argument(
+        "--device",
+        type=torch.device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where the network runs: cpu, cuda or mps",
+    )
+    group = p.add_argument_group("what is measured and written")
+    group.add_argument("--sde", action="store_true", help="measure samples of the SDE, too")
+    group.add_argument(
+        "--samples",
+        type=int,
+        default=50000,
+        help="samples in a picture's panel; numbers are of 4000 at most",
+    )
+    group.add_argument(
+        "--out", type=Path, default="runs/toy", help="folder for pictures, metrics.json and weights"
+    )
     args = p.parse_args(argv)
-    if args.device != "cpu":
-        torch.set_default_device(args.device)
-    for name in ("path", "objective", "coupling", "reflow", "sde"):
-        if args.ablation and getattr(args, name) != p.get_default(name):
-            p.error(f"--ablation has its own rows: leave out --{name}")
-    if args.sde and (args.coupling == "ot" or args.reflow):
+    check_args(p, args)
+    return args
+
+
+def check_args(p, args):
+    """Ends the program where the settings contradict each other."""
+    for name, least in (("steps", 1), ("batch", 1), ("samples", 2), ("reflow", 0)):
+        value = getattr(args, name)
+        if value < least:
+            p.error(f"--{name} must be at least {least}; got {value}")
+    if not 0 <= args.sigma_min < 1:
+        p.error(f"--sigma-min must lie in [0, 1); got {args.sigma_min}")
+    if args.ablation:
+        for name in ("path", "objective", "coupling", "reflow", "sde"):
+            if getattr(args, name) != p.get_default(name):
+                p.error(f"--ablation has its own rows: leave out --{name}")
+    if args.ablation or args.coupling == "ot":
+        if importlib.util.find_spec("scipy") is None:
+            p.error("optimal transport of minibatches needs SciPy: pip install scipy")
+    pairs = args.coupling == "ot" or args.reflow > 0
+    if pairs and args.sde:
         p.error("--sde needs the score, which v tells only for independent pairs")
-    rows = ABLATION if args.ablation else {name: {"path": name} for name in args.path}
-    try:
-        dataset = make_data(args.data)
-        args.out.mkdir(parents=True, exist_ok=True)
-        rows = {name: changed(args, dataset=dataset, **row) for name, row in rows.items()}
-        for row in rows.values():
-            trial = train("trial", changed(row, steps=1, batch=min(3, args.batch)))
-            trial.sample(args.samples, method="euler", steps=1)
-    except (ValueError, ImportError, OSError, RuntimeError) as e:
-        p.error(str(e).splitlines()[0])
-    return args, rows
+    for path in args.path:
+        if pairs and path not in START_AT_X0:
+            p.error(f"--coupling ot and --reflow need psi_0(x0) = x0: --path ot, not {path}")
+        if args.objective != "velocity" and path in START_AT_X0:
+            p.error(f"--objective {args.objective} tells no velocity at t = 0 of {path}: --path vp")
+        if args.objective == "scoreflow" and path != "vp":
+            p.error(f"--objective scoreflow has the weight beta(t) of --path vp, not of {path}")
 
 
-def changed(args, **changes):
-    """The settings with some of another value."""
-    return argparse.Namespace(**{**vars(args), **changes})
+def table_rows(args):
+    """The Method of every row, {name: Method}."""
+    if args.ablation:
+        return ABLATION
+    rows = {}
+    for path in args.path:
+        rows[path] = Method(path, args.objective, args.coupling, args.reflow)
+    return rows
 
 
 # ---- Network and training ----
@@ -94,109 +190,140 @@ class Flow(nn.Module):
     """A network of velocity, noise or score with its path; data = shift + scale * standardised x.
 
     Departure: four layers of 64 on Fourier features, which let them see edges, learn what is left
-    of the target when the linear answer to Gaussian data of unit variance is known. --net paper is
+    of the target when the linear answer to Gaussian data of unit variance is known. net="paper" is
     the paper's: five layers of 512 on (t, x), with SiLU, as no activation is stated.
     """
 
-    def __init__(self, config):
+    def __init__(self, path, objective, sigma_min, net, shift, scale):
         super().__init__()
-        self.config = config
-        name = config["path"]
-        self.path = fm.OTPath(config["sigma_min"]) if name == "ot" else fm.PATHS[name]()
-        self.predict = fm.OBJECTIVES[config["objective"]]["predict"]
-        self.v = fm.as_velocity(self, self.path, self.predict)  # on standardised points
-        self.shift, self.scale = config["shift"], config["scale"]
+        self.config = {
+            "path": path,
+            "objective": objective,
+            "sigma_min": sigma_min,
+            "net": net,
+            "shift": shift,
+            "scale": scale,
+        }
+        if path == "ot":
+            self.path = fm.OTPath(sigma_min)
+        else:
+            self.path = fm.PATHS[path]()
+        self.predict = fm.OBJECTIVES[objective]["predict"]
+        self.net = net
+        self.scale = scale
+        self.register_buffer("shift", torch.tensor(shift), persistent=False)  # it is in config
         self.register_buffer("frequencies", 3.0 * torch.randn(2, 64))
-        inputs, widths = (3, 5 * [512]) if config["net"] == "paper" else (2 + 4 * 64 + 10, 4 * [64])
-        self.layers = MLP(inputs, [*widths, 2], activation_layer=nn.SiLU)
+        if net == "paper":
+            self.layers = MLP(3, [512, 512, 512, 512, 512, 2], activation_layer=nn.SiLU)
+        else:
+            self.layers = MLP(2 + 4 * 64 + 10, [64, 64, 64, 64, 2], activation_layer=nn.SiLU)
 
     def forward(self, t, x):
         """What the network predicts at t (n,) and standardised x (n, 2), (n, 2)."""
         t = t[:, None]
-        if self.config["net"] == "paper":
+        if self.net == "paper":
             return self.layers(torch.cat([t, x], 1))
         alpha_t, sigma_t, dalpha_t, dsigma_t = self.path.coefficients(t)
-        rho = (alpha_t**2 + sigma_t**2).sqrt()
+        rho = (alpha_t**2 + sigma_t**2).sqrt()  # std of x_t, as the data has unit variance
         x = x / rho
         near = sigma_t / rho
         phase = x @ self.frequencies
         phase = torch.cat([phase.sin(), phase.cos()], 1)
         sharp = 0.2 / (0.05 + near) * phase  # u_t varies over sigma_t: slopes of 1 / sigma_t
-        wave = math.pi * t * torch.arange(1, 5)
+        wave = math.pi * t * torch.arange(1, 5, device=t.device)
         features = [x, phase, sharp, t, -torch.log(0.01 + near), wave.sin(), wave.cos()]
-        x0, x1 = near * x, alpha_t / rho * x  # E[x0 | x] and E[x1 | x] of Gaussian data
-        linear = {"velocity": dalpha_t * x1 + dsigma_t * x0, "noise": x0, "score": -x0 / sigma_t}
-        return linear[self.predict] + self.layers(torch.cat(features, 1))
+        x0 = near * x  # E[x0 | x_t] of Gaussian data
+        x1 = alpha_t / rho * x  # E[x1 | x_t] of Gaussian data
+        if self.predict == "velocity":
+            linear = dalpha_t * x1 + dsigma_t * x0
+        elif self.predict == "noise":
+            linear = x0
+        else:
+            linear = -x0 / sigma_t
+        return linear + self.layers(torch.cat(features, 1))
+
+    def velocity(self, t, x):
+        """v_t(x), Eq. (46), at t (n,) and standardised x (n, 2), (n, 2)."""
+        return self.path.convert(t, x, self(t, x), self.predict, "velocity")
 
     def sample(self, n, **solver):
         """n samples in data units, (n, 2), by the solver of flow_matching.odeint."""
-        x = fm.sample(self.v, self.path, (n, 2), **solver).x
+        x = fm.sample(self.velocity, self.path, (n, 2), device=self.shift.device, **solver).x
         return self.shift + self.scale * x
 
     def log_prob(self, x, **solver):
         """log density in nats at x (n, 2) in data units, (n,)."""
         x = (x - self.shift) / self.scale
-        return fm.log_prob(self.v, x, self.path, **solver).log_prob - 2 * math.log(self.scale)
+        log_p = fm.log_prob(self.velocity, self.path, x, **solver).log_prob
+        return log_p - 2 * math.log(self.scale)
 
 
-def batches(args, teacher):
-    """Pairs (x0, x1) without end: the teacher's, if any; x0 = None is independent noise."""
-    if teacher:  # from noise to where its flow takes it
-        x0 = torch.randn(min(2**17, args.steps * args.batch), 2)
-        x1 = fm.odeint(teacher.v, x0, teacher.path.t_span, rtol=1e-4, atol=1e-4).x
-        while True:
-            i = torch.randint(len(x0), (args.batch,))
-            yield x0[i], x1[i]
-    while True:
-        x0 = None
-        x1 = args.dataset.sample(args.batch)
-        if args.coupling == "ot":  # in groups of 128: the time of an assignment grows as their cube
-            groups = zip(torch.randn_like(x1).split(128), x1.split(128))
-            x0 = torch.cat([a[fm.ot_coupling(a, b)] for a, b in groups])
-        yield x0, x1
+def minibatch_ot(x1):
+    """Noise x0 for x1 (n, 2), assigned in groups of 128: the time grows as their cube."""
+    x0 = torch.randn_like(x1)
+    matched = []
+    for a, b in zip(x0.split(128), x1.split(128)):
+        matched.append(a[fm.ot_coupling(a, b)])
+    return torch.cat(matched)
 
 
-def train(name, args):
-    """A Flow after args.steps steps of Adam with cosine decay; with reflow, its teacher's first."""
-    teacher = train(name, changed(args, reflow=args.reflow - 1)) if args.reflow > 0 else None
+def reflow_pairs(teacher, n):
+    """n pairs x0, x1, each (n, 2): noise, and where the teacher's flow takes it."""
+    x0 = torch.randn(n, 2).to(teacher.shift.device)
+    x1 = fm.odeint(teacher.velocity, x0, teacher.path.t_span, rtol=1e-4, atol=1e-4).x
+    return x0, x1
+
+
+def train(name, method, data, args, teacher=None):
+    """A Flow after args.steps steps of Adam with cosine decay; with a teacher, on its pairs."""
     torch.manual_seed(args.seed)
-    config = {key: getattr(args, key) for key in ("path", "sigma_min", "objective", "net")}
-    flow = Flow({**config, "shift": args.dataset.shift, "scale": args.dataset.scale})
+    shift = data.shift.tolist()
+    flow = Flow(method.path, method.objective, args.sigma_min, args.net, shift, data.scale)
+    flow.to(args.device)
     optimizer = torch.optim.Adam(flow.parameters(), lr=args.lr, betas=(0.9, 0.99))
-    pairs = batches(args, teacher)
+    if teacher is not None:
+        starts, ends = reflow_pairs(teacher, min(2**17, args.steps * args.batch))
     for step in range(1, args.steps + 1):
         warmup = min(1, step / 200)
         decay = (1 + math.cos(math.pi * (step - 1) / args.steps)) / 2
         optimizer.param_groups[0]["lr"] = args.lr * warmup * decay
-        x0, x1 = next(pairs)
-        loss = fm.cfm_loss(flow, flow.path, x1, x0=x0, **fm.OBJECTIVES[args.objective])
+        if teacher is not None:
+            i = torch.randint(len(starts), (args.batch,))
+            x0 = starts[i]
+            x1 = ends[i]
+        else:
+            x0 = None  # cfm_loss draws independent noise
+            x1 = data.sample(args.batch).to(args.device)
+            if method.coupling == "ot":
+                x0 = minibatch_ot(x1)
+        loss = fm.cfm_loss(flow, flow.path, x1, x0=x0, **fm.OBJECTIVES[method.objective])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if step % 500 == 0:
             print(f"{name}: step {step}  loss {loss.item():.4f}", file=sys.stderr)
             if not loss.isfinite():
-                sys.exit(f"{name}: the loss is not finite at step {step}: lower --lr {args.lr}")
+                raise ValueError(f"{name}: the loss is not finite at step {step}: lower --lr")
     return flow.requires_grad_(False)
 
 
-@contextmanager
-def replaced(file):
-    """A name to write to, moved over file at the end, so that file is always whole."""
-    part = file.with_name(file.name + ".part")
-    yield part
+def save(file, flow):
+    """Writes a Flow beside file and moves it there, so that file is always whole."""
+    part = file.with_suffix(".part")
+    torch.save({"config": flow.config, "weights": flow.state_dict()}, part)
     part.replace(file)
 
 
 def load(file):
-    """The Flow that train_toy.py wrote to file (model_<path>.pt), on the CPU."""
-    state = torch.load(file, "cpu", weights_only=True)
-    flow = Flow(state["config"])
+    """The Flow that train_toy.py wrote to file (model_<row>.pt), on the CPU."""
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    flow = Flow(**state["config"])
     flow.load_state_dict(state["weights"])
     return flow.requires_grad_(False)
 
 
-# ---- Data: each set with its exact density and marginal field, so an exact loss floor ----
+# ---- Data: each set with its exact density and marginal field, so an exact loss floor. ----
+# ---- On the CPU, where float64 is always to be had. ----
 class Checkerboard:
     """Eight squares of side 1 / 0.45; points are standardised, (data - shift) / scale."""
 
@@ -222,12 +349,16 @@ class Checkerboard:
 
     def field(self, path, t, x):
         """u_t(x), Eq. (8), in closed form: in each square x1 given x_t is two truncated normals."""
-        t, x = t.double(), x.double()
+        t = t.double()
+        x = x.double()
         alpha_t, sigma_t, _, _ = path.coefficients(t[:, None, None])
         alpha_t = alpha_t.clamp(min=1e-4)
-        mean, std = x[:, None] / alpha_t, sigma_t / alpha_t
-        a, b = (self.low - mean) / std, (self.high - mean) / std  # (n, 8, 2)
-        centre, half = (a + b).abs() / 2, (b - a) / 2  # mirrored to the tail where ndtr is accurate
+        mean = x[:, None] / alpha_t
+        std = sigma_t / alpha_t
+        a = (self.low - mean) / std  # (n, 8, 2)
+        b = (self.high - mean) / std
+        centre = (a + b).abs() / 2  # mirrored to the tail where ndtr is accurate
+        half = (b - a) / 2
         mass = (ndtr(half - centre) - ndtr(-half - centre)).clamp(min=1e-300)
         slope = (torch.exp(-(a**2) / 2) - torch.exp(-(b**2) / 2)) / (math.sqrt(2 * math.pi) * mass)
         x1 = (mean + std * slope).clamp(self.low, self.high)  # its mean in every square
@@ -239,7 +370,6 @@ class Mixture:
     """Gaussians of std noise at N centres (N, d), standardised in the same way."""
 
     def __init__(self, centres, noise):
-        centres = centres.to(torch.empty(0).device)  # the default one
         self.shift = centres.mean(0)
         self.scale = ((centres - self.shift).square().mean() + noise**2).sqrt().item()
         self.centres = (centres - self.shift) / self.scale
@@ -264,10 +394,9 @@ def blurred(path, std):
     """The path of x1 + N(0, std^2 I), whose sigma_t takes in the std."""
 
     def sigma(t):
-        alpha_t, sigma_t, _, _ = path.coefficients(t)
-        return torch.hypot(std * alpha_t, sigma_t)
+        return torch.hypot(std * path.alpha(t), path.sigma(t))
 
-    return fm.AffinePath(lambda t: path.coefficients(t)[0], sigma, path.t_span, check_ends=False)
+    return fm.AffinePath(path.alpha, sigma, path.t_span, check_ends=False)
 
 
 def circle(turns):
@@ -284,60 +413,103 @@ MIXTURES = {  # centres and noise
 
 
 def make_data(name):
-    """The data set of that name, or of a picture: its dark pixels, y up, 128 pixels at most."""
+    """The data set of that name, or of a picture file."""
     if name == "checkerboard":
         return Checkerboard()
     if name in MIXTURES:
         return Mixture(*MIXTURES[name])
     if not Path(name).is_file():
         names = ", ".join(MIXTURES)
-        raise ValueError(f"--data must be checkerboard, {names} or a PNG file; got {name}")
-    picture = Image.open(name).convert("RGBA")
+        raise ValueError(f"--data must be checkerboard, {names} or a picture file; got {name}")
+    grey = read_grey(name)
+    grey.thumbnail((128, 128))
+    row, column = np.nonzero(np.asarray(grey) < 128)  # dark pixels
+    if len(row) == 0:
+        raise ValueError(
+            f"--data {name} has no pixel darker than 128 of 255 to take as the density"
+        )
+    centres = np.stack([column, grey.height - row], 1)  # y points up
+    return Mixture(torch.from_numpy(centres).float(), 0.5)
+
+
+def read_grey(file):
+    """An 8-bit grey Image of a picture file, transparent pixels on white, turned as EXIF says."""
+    picture = ImageOps.exif_transpose(Image.open(file))
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"--data {file} has mode {picture.mode}, without a white: save 8-bit grey")
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+    picture = picture.convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
-    picture = Image.alpha_composite(white, picture).convert("L")
-    picture.thumbnail((128, 128))
-    row, column = (pil_to_tensor(picture)[0] < 128).nonzero().T  # dark ones
-    return Mixture(torch.stack([column, picture.height - row], 1).float(), 0.5)
+    return Image.alpha_composite(white, picture).convert("L")
 
 
 # ---- Numbers ----
-def measure(flow, args):
+def measure(flow, method, data, args):
     """Numbers of a flow against the truth, as a dict; points and noise depend on the seed only."""
-    data = args.dataset
     n = min(args.samples, 4000)
     torch.manual_seed(args.seed + 1)
     x1 = data.sample(n)
     many = data.sample(16 * n)
     noise = torch.randn_like(many)
     numbers = {}
-    if args.coupling == "independent" and args.reflow == 0:  # else u has no closed form
-        t = flow.path.t_span[1] * torch.rand(len(many))
-        x_t, dx_t = flow.path.psi_dpsi(t, noise, many)
-        v_t, u_t = flow.v(t, x_t), data.field(flow.path, t, x_t)
-        numbers["loss"] = mse_loss(v_t, dx_t).item()
-        numbers["floor"] = mse_loss(u_t, dx_t).item()
-        numbers["excess"] = mse_loss(v_t, u_t).item()  # E|v - u|^2 / 2
-    x0 = flow.path.sample_source((n, 2))
+    if method.coupling == "independent" and method.reflow == 0:  # else u has no closed form
+        numbers.update(measure_loss(flow, data, noise, many))
+    x0 = flow.path.sample_source((n, 2)).to(args.device)
     truth = data.scale * data.sample(n)
     log_p = data.log_prob(x1)
-    gap = log_p - flow.log_prob(data.shift + data.scale * x1, rtol=1e-6, atol=1e-6)
+    points = (data.shift + data.scale * x1).to(args.device)
+    gap = log_p - flow.log_prob(points, rtol=1e-6, atol=1e-6).cpu()
     numbers["gap"] = gap.mean().item()
     numbers["gap_se"] = gap.std().item() / math.sqrt(n)
     numbers["entropy"] = -log_p.mean().item()
-    solve = partial(fm.odeint, flow.v, x0, flow.path.t_span)
-    numbers["nfe"] = solve().nfe.double().mean().item()
-    accurate = solve(rtol=1e-6, atol=1e-6).x
-    for nfe in NFES:
-        for method, stages in STAGES.items():
-            if nfe % stages == 0:
-                x = solve(method, nfe // stages).x
-                numbers[f"energy {method} {nfe}"] = energy_distance(data.scale * x, truth)
-                numbers[f"rmse {method} {nfe}"] = mse_loss(x, accurate).sqrt().item()
-        if args.sde:
-            torch.manual_seed(args.seed)
-            x = fm.sample_sde(flow.v, flow.path, (n, 2), nfe)
-            numbers[f"energy sde {nfe}"] = energy_distance(data.scale * x, truth)
+    nfe = fm.odeint(flow.velocity, x0, flow.path.t_span).nfe
+    numbers["nfe"] = nfe.cpu().double().mean().item()
+    numbers["energy"], numbers["rmse"] = measure_solvers(flow, x0, truth, data.scale)
+    if args.sde:
+        numbers["energy"]["sde"] = measure_sde(flow, truth, data.scale, args)
     return numbers
+
+
+def measure_loss(flow, data, x0, x1):
+    """The loss, Eq. (14), that of the exact field, and the excess E|v - u|^2 / 2, as a dict."""
+    device = flow.shift.device
+    t = flow.path.t_span[1] * torch.rand(len(x1))
+    x_t, dpsi_t = flow.path.psi_dpsi(t, x0, x1)
+    v_t = flow.velocity(t.to(device), x_t.to(device)).cpu()
+    u_t = data.field(flow.path, t, x_t)
+    return {
+        "loss": mse_loss(v_t, dpsi_t).item(),
+        "floor": mse_loss(u_t, dpsi_t).item(),
+        "excess": mse_loss(v_t, u_t).item(),
+    }
+
+
+def measure_solvers(flow, x0, truth, scale):
+    """Energy distance to truth, and RMSE to the accurate solution: {method: {NFE: number}} each."""
+    energy = {}
+    rmse = {}
+    accurate = fm.odeint(flow.velocity, x0, flow.path.t_span, rtol=1e-6, atol=1e-6).x
+    for method, stages in STAGES.items():
+        energy[method] = {}
+        rmse[method] = {}
+        for nfe in NFES:
+            if nfe % stages == 0:
+                steps = nfe // stages
+                x = fm.odeint(flow.velocity, x0, flow.path.t_span, method=method, steps=steps).x
+                energy[method][nfe] = energy_distance(scale * x.cpu(), truth)
+                rmse[method][nfe] = mse_loss(x, accurate).sqrt().item()
+    return energy, rmse
+
+
+def measure_sde(flow, truth, scale, args):
+    """Energy distance of the SDE's samples to truth, {NFE: number}."""
+    energy = {}
+    for nfe in NFES:
+        torch.manual_seed(args.seed)
+        x = fm.sample_sde(flow.velocity, flow.path, truth.shape, steps=nfe, device=args.device)
+        energy[nfe] = energy_distance(scale * x.cpu(), truth)
+    return energy
 
 
 def energy_distance(x, y):
@@ -362,133 +534,298 @@ def table(results):
     entropy = next(iter(results.values()))["entropy"]
     lines = [
         f"gap: NLL - entropy of the data ({entropy:.4f} nats). excess: E|v - u|^2 / 2, u exact.",
-        "NFE: calls of v for one sample by dopri5 at 1e-5. training: in seconds.\n",
+        "NFE: calls of v for one sample by dopri5 at 1e-5. training: in seconds.",
+        "",
         f"{'':26s}gap         excess     NFE  training",
     ]
     for name, r in results.items():
-        gap = f"{r['gap']:10.4f} ± {r['gap_se']:.4f} {r.get('excess', math.nan):10.4f}"
-        lines.append(f"{name:16s}{gap}{r['nfe']:8.1f}{r['seconds']:10.1f}")
-    titles = {
-        "energy": "energy distance x 1000 to the data, from sampling noise alone up to 2",
-        "rmse": "RMSE x 1000 to the accurate solution from the same noise, Figure 7",
-    }
-    for kind, title in titles.items():
-        lines += ["", title, f"{'NFE':25s}" + "".join(f"{nfe:7d}" for nfe in NFES)]
-        for name, r in results.items():
-            for method in (*STAGES, "sde"):
-                cells = [1000 * r.get(f"{kind} {method} {nfe}", math.nan) for nfe in NFES]
-                if math.isfinite(cells[-1]):
-                    numbers = "".join(f"{cell:7.1f}" for cell in cells)
-                    lines.append(f"{name:16s}{method:9s}{numbers}")
-    return "\n".join(lines).replace("nan", "  -")
+        gap = f"{r['gap']:10.4f} ± {r['gap_se']:.4f}"
+        excess = "-"
+        if "excess" in r:
+            excess = f"{r['excess']:.4f}"
+        lines.append(f"{name:16s}{gap} {excess:>10s}{r['nfe']:8.1f}{r['seconds']:10.1f}")
+    lines.append("\nenergy distance x 1000 to the data, from sampling noise alone up to 2")
+    lines += solver_lines(results, "energy")
+    lines.append("\nRMSE x 1000 to the accurate solution from the same noise, Figure 7")
+    lines += solver_lines(results, "rmse")
+    return "\n".join(lines)
+
+
+def solver_lines(results, kind):
+    """Energy distances or RMSEs x 1000: a line for each row and method, a column for each NFE."""
+    head = f"{'NFE':25s}"
+    for nfe in NFES:
+        head += f"{nfe:7d}"
+    lines = [head]
+    for name, r in results.items():
+        for method, values in r[kind].items():
+            line = f"{name:16s}{method:9s}"
+            for nfe in NFES:
+                if nfe in values:
+                    line += f"{1000 * values[nfe]:7.1f}"
+                else:
+                    line += "      -"
+            lines.append(line)
+    return lines
 
 
 # ---- Pictures: panels show the square [-2.25, 2.25]^2 of standardised points ----
+PANEL = 156  # pixels; five and the names of the rows fill the width of a page on GitHub
+LABELS = {"ot": "OT path", "vp": "diffusion path (VP)", "ve": "diffusion path (VE)"}
+NIGHT = "#160e34"
+START = "#2563eb"  # of a trajectory: blue
+END = "#dc2626"  # red
+
+
 def density_image(x):
     """An Image of the density of points x (n, 2): 0 is dark blue, 0.22 and more yellow."""
-    p = torch.histogramdd(x.cpu(), [80, 80], range=2 * [-2.25, 2.25], density=True).hist.T.flip(0)
+    bins = PANEL // 2
+    p = torch.histogramdd(x.cpu(), [bins, bins], range=[-2.25, 2.25, -2.25, 2.25], density=True)
+    p = p.hist.T.flip(0)  # rows from the top
     grey = Image.fromarray((255 * p / 0.22).clamp(0, 255).byte().numpy())
-    return ImageOps.colorize(grey, "#160e34", "#fae83c", "#21828e").resize((160, 160), 0)
+    image = ImageOps.colorize(grey, NIGHT, "#fae83c", "#21828e")
+    return image.resize((PANEL, PANEL), Image.NEAREST)
 
 
-def paths_image(xs):
-    """An Image of trajectories xs (T, n, 2): grey lines from blue to red dots."""
-    image = Image.new("RGB", (640, 640), "white")
+def save_grid(file, headings, rows):
+    """A picture of {name: panels}: a row for each name, headings over the columns."""
+    left = 26
+    top = 26
+    step = PANEL + 4
+    size = (left + step * len(headings) - 4, top + step * len(rows) - 4)
+    canvas = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(canvas)
+    for column, heading in enumerate(headings):
+        middle = left + step * column + PANEL / 2
+        pen.text((middle, top / 2), heading, "black", anchor="mm", font_size=15)
+    for row, (name, panels) in enumerate(rows.items()):
+        label = Image.new("RGB", (PANEL, left), "white")
+        middle = (PANEL / 2, left / 2)
+        ImageDraw.Draw(label).text(
+            middle, LABELS.get(name, name), "black", anchor="mm", font_size=15
+        )
+        canvas.paste(label.rotate(90, expand=True), (0, top + step * row))
+        for column, panel in enumerate(panels):
+            canvas.paste(panel, (left + step * column, top + step * row))
+    canvas.quantize(64).save(file, optimize=True)
+
+
+def draw_samples(flows, data, args):
+    """density.png and nfe.png, Figure 4, a row for each flow; of an ablation the main rows, too."""
+    density = {}
+    nfe = {}
+    for name, flow in flows.items():
+        torch.manual_seed(args.seed)
+        x0 = flow.path.sample_source((args.samples, 2)).to(args.device)
+        start, end = flow.path.t_span
+        times = (start, 1 / 3, 2 / 3, 5 / 6, end)
+        xs = fm.odeint(flow.velocity, x0, times, rtol=1e-3, atol=1e-3).xs
+        density[name] = [density_image(x) for x in xs]
+        nfe[name] = []
+        for steps in (2, 4, 5, 10):
+            x = fm.odeint(flow.velocity, x0, (start, end), method="midpoint", steps=steps).x
+            nfe[name].append(density_image(x))
+        nfe[name].append(density_image(data.sample(args.samples)))
+    times = ("t = 0, noise", "t = 1/3", "t = 2/3", "t = 5/6", "t = 1, samples")
+    calls = ("NFE 4", "NFE 8", "NFE 10", "NFE 20", "data")
+    save_grid(args.out / "density.png", times, density)
+    save_grid(args.out / "nfe.png", calls, nfe)
+    if args.ablation:
+        save_grid(args.out / "density_main.png", times, {name: density[name] for name in MAIN_ROWS})
+        save_grid(args.out / "nfe_main.png", calls, {name: nfe[name] for name in MAIN_ROWS})
+
+
+def draw_flow(flows, args):
+    """flow.gif: samples of every flow side by side, from t = 0 to 1, coloured by their start."""
+    frames = 31
+    trajectories = {}
+    for name, flow in flows.items():
+        torch.manual_seed(args.seed)
+        x0 = flow.path.sample_source((1200, 2)).to(args.device)
+        times = torch.linspace(*flow.path.t_span, frames)
+        xs = fm.odeint(flow.velocity, x0, times, rtol=1e-3, atol=1e-3).xs
+        trajectories[name] = xs.cpu()
+    images = []
+    for i in range(frames):
+        points = {name: (xs[0], xs[i]) for name, xs in trajectories.items()}
+        images.append(flow_frame(points, i / (frames - 1)))
+    palette = images[-1].quantize(32)
+    images = [image.quantize(palette=palette, dither=0) for image in images]
+    images[0].save(
+        args.out / "flow.gif",
+        save_all=True,
+        append_images=images[1:],
+        duration=[700] + (frames - 2) * [80] + [2500],  # milliseconds
+        loop=0,  # for ever
+    )
+
+
+def flow_frame(points, t):
+    """An Image of flow.gif: points is {name: (start, now)}, each (n, 2)."""
+    sectors = ("#fde725", "#5ec962", "#21a5b0", "#6f7fe0", "#d04fb5", "#ff7f50")
+    size = min(360, 820 // len(points))
+    step = size + 8
+    canvas = Image.new("RGB", (step * len(points) - 8, size + 68), "#0b0720")
+    pen = ImageDraw.Draw(canvas)
+    for column, (name, (start, now)) in enumerate(points.items()):
+        panel = Image.new("RGB", (size, size), NIGHT)
+        dots = ImageDraw.Draw(panel)
+        angle = torch.atan2(start[:, 1], start[:, 0])
+        sector = (6 * (angle / (2 * math.pi) + 0.5)).long() % 6
+        pixels = size / 2 * (1 + now * torch.tensor([1, -1]) / 2.25)
+        for (x, y), k in zip(pixels.round().tolist(), sector.tolist()):
+            dots.ellipse((x - 2, y - 2, x + 1, y + 1), sectors[k])
+        canvas.paste(panel, (step * column, 32))
+        middle = step * column + size / 2
+        pen.text((middle, 17), LABELS.get(name, name), "white", anchor="mm", font_size=18)
+    y = size + 50
+    left = 96
+    right = canvas.width - 16
+    pen.text((16, y), f"t = {t:.2f}", "white", anchor="lm", font_size=17)
+    pen.rectangle((left, y - 2, right, y + 2), "#3b3560")
+    pen.rectangle((left, y - 2, left + t * (right - left), y + 2), "white")
+    return canvas
+
+
+def trajectories_image(xs, size, data):
+    """An Image of trajectories xs (T, n, d): lines from blue to red, on pale dots of data."""
+    image = Image.new("RGB", (4 * size, 4 * size), "white")
     pen = ImageDraw.Draw(image)
-    pixels = 320 * (1 + xs * torch.tensor([1, -1]) / 2.25).cpu()
+    square = 2 * size * (1 + data * torch.tensor([1, -1]) / 2.25)
+    pixels = 2 * size * (1 + xs[..., :2] * torch.tensor([1, -1]) / 2.25)
+    for x, y in square.tolist():
+        pen.ellipse((x - 7, y - 7, x + 7, y + 7), "#fbd5d5")
     for line in pixels.transpose(0, 1).flatten(1).tolist():
-        pen.line(line, "grey", 3)
-    for colour, points in {"blue": pixels[0], "red": pixels[-1]}.items():
+        pen.line(line, "#808080", 4)
+    for colour, points in ((START, pixels[0]), (END, pixels[-1])):
         for x, y in points.tolist():
-            pen.ellipse((x - 7, y - 7, x + 7, y + 7), colour)
+            pen.ellipse((x - 9, y - 9, x + 9, y + 9), colour)
     return image.reduce(4)
 
 
-def save_rows(file, rows):
-    """A picture of {caption: list of Images}, a row for each."""
-    columns = len(next(iter(rows.values())))
-    canvas = Image.new("RGB", (164 * columns, 180 * len(rows)), "white")
-    for i, (caption, images) in enumerate(rows.items()):
-        ImageDraw.Draw(canvas).text((1, 180 * i + 2), caption, "black", font_size=12)
-        for j, image in enumerate(images):
-            canvas.paste(image, (164 * j, 180 * i + 18))
-    with replaced(file) as part:
-        canvas.quantize(64).save(part, "PNG", optimize=True)
+def exact_fields(path, data, points):
+    """Marginal fields u_t of the data and of its first points, {title: field}."""
+
+    def field(t, x):
+        return data.field(path, t, x)
+
+    return {
+        "exact flow of the data": field,
+        "exact flow, 1 point": fm.Marginal(path, points[:1]),
+        "exact flow, 3 points": fm.Marginal(path, points[:3]),
+        "exact flow, 1000 points": fm.Marginal(path, points),
+    }
 
 
-def draw_samples(flows, args):
-    """density.png and nfe.png, Figure 4, a row for each flow."""
-    density, nfe = {}, {}
-    for name, flow in flows.items():
-        torch.manual_seed(args.seed)
-        x0 = flow.path.sample_source((args.samples, 2))
-        solve = partial(fm.odeint, flow.v, x0)
-        times = [0, 1 / 3, 2 / 3, 5 / 6, flow.path.t_span[1]]
-        xs = solve(times, rtol=1e-3, atol=1e-3).xs
-        density[f"{name}: t = 0, 1/3, 2/3, 5/6, 1"] = [density_image(x) for x in xs]
-        xs = [solve(times[::4], "midpoint", steps).x for steps in (2, 4, 5, 10)]
-        xs.append(make_data(args.data).sample(args.samples))
-        nfe[f"{name}: NFE 4, 8, 10, 20; data"] = [density_image(x) for x in xs]
-    save_rows(args.out / "density.png", density)
-    save_rows(args.out / "nfe.png", nfe)
-
-
-def draw_closed_forms(args):
+def draw_figure(data, args):
     """paths.png. Returns what is straight, exact Euler steps and what is memorised, as text."""
-    data = make_data(args.data)
-    points = data.sample(1000)
     paths = {"OT": fm.OTPath(args.sigma_min), "VP": fm.VPPath()}
-    kinds = ("pairs, 2-D", "pairs, 30-D", "flow", "flow of 1", "flow of 3", "flow of 1000")
+    points = data.sample(1000)
     lines = [f"{'':28s}arc / chord     bend  overshoot"]
-    rows = {}
+    figure = {}
     for name, path in paths.items():
         times = torch.linspace(*path.t_span, 101)
-        rows[f"{name}: pairs in 2-D and 30-D; exact flow of the data, of 1, 3, 1000"] = images = []
-        for kind in kinds:
-            x0, x1 = torch.randn(2, 5000, 30 if "30" in kind else 2)
-            if "pairs" in kind:  # Figure 3
-                xs = torch.stack([path.psi(t.expand(5000), x0, x1) for t in times])
-            else:  # Theorem 1
-                N = kind[8:]  # points, whose field is Marginal's
-                u = fm.Marginal(path, points[: int(N)]) if N else partial(data.field, path)
-                xs = fm.odeint(u, x0[:1000], times).xs
-            images.append(paths_image(xs[:, :40, :2]))
+        trajectories = {}
+        for dims in (2, 30):  # Figure 3
+            x0, x1 = torch.randn(2, 5000, dims)
+            xs = [path.psi(t.expand(5000), x0, x1) for t in times]
+            trajectories[f"single pairs in {dims}-D"] = torch.stack(xs)
+        for title, u in exact_fields(path, data, points).items():  # Theorem 1
+            x0 = torch.randn(1000, 2)
+            trajectories[title] = fm.odeint(u, x0, times).xs
+        for title, xs in trajectories.items():
             arc, bend, overshoot = straightness(xs)
-            lines.append(f"{kind:18s}{name:8s}{arc:13.3f}{bend:9.3f}{overshoot:11.3f}")
-    save_rows(args.out / "paths.png", rows)
-    near, new = (torch.cdist(x, points).amin(1).median() for x in (xs[-1], data.sample(1000)))
-    lines += ["", f"median distance to the 1000: {near:.4f} of their flow, {new:.4f} of new data"]
-    lines += ["", "std / truth after 1, 2, 4, 8, 16 and 32 exact Euler steps to N(0, std^2 I)"]
+            lines.append(f"{title:24s}{name:4s}{arc:13.3f}{bend:9.3f}{overshoot:11.3f}")
+        figure[name] = trajectories
+    save_trajectories(args.out / "paths.png", figure, points)
+    ends = figure["VP"]["exact flow, 1000 points"][-1]
+    near = torch.cdist(ends, points).amin(1).median()
+    new = torch.cdist(data.sample(1000), points).amin(1).median()
+    lines.append(f"\nmedian distance to the 1000: {near:.4f} of their flow, {new:.4f} of new data")
+    lines.append("\nstd / truth after 1, 2, 4, 8, 16 and 32 exact Euler steps to N(0, std^2 I)")
     for name, path in paths.items():
         for std in (1.0, 0.25):
             u = fm.Marginal(blurred(path, std), torch.zeros(1, 1))
-            solve = partial(fm.odeint, u, torch.ones(1, 1), path.t_span, "euler")
-            stds = [solve(steps).x.item() for steps in (1, 2, 4, 8, 16, 32)]
-            lines.append(f"{name}, std {std:4}" + "".join(f"{x / std:6.2f}" for x in stds))
+            line = f"{name}, std {std:4}"
+            for steps in (1, 2, 4, 8, 16, 32):
+                x = fm.odeint(u, torch.ones(1, 1), path.t_span, method="euler", steps=steps).x
+                line += f"{x.item() / std:6.2f}"
+            lines.append(line)
     return "\n".join(lines)
+
+
+def save_trajectories(file, figure, points):
+    """A picture of {path: {title: xs}}; the exact flow of the data is large, on points of it."""
+    small = 160
+    large = 2 * small + 26
+    places = {  # column, row and size of a panel
+        "single pairs in 2-D": (0, 0, small),
+        "single pairs in 30-D": (0, 1, small),
+        "exact flow of the data": (1, 0, large),
+        "exact flow, 1 point": (3, 0, small),
+        "exact flow, 3 points": (4, 0, small),
+        "exact flow, 1000 points": (3, 1, small),
+    }
+    height = 36 + 2 * (small + 26)  # of a path: its name, then panels below their titles
+    canvas = Image.new("RGB", (5 * (small + 6), height * len(figure)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for i, (name, trajectories) in enumerate(figure.items()):
+        top = i * height + 36
+        pen.text((2, top - 16), f"{name} path", "black", anchor="lm", font_size=21)
+        for title, (column, row, size) in places.items():
+            xs = trajectories[title]
+            if size == large:
+                panel = trajectories_image(xs[:, :80], size, points)
+            else:
+                panel = trajectories_image(xs[:, :40], size, points[:0])
+            x = column * (small + 6)
+            y = top + row * (small + 26)
+            pen.text((x + size / 2, y + 9), title, "black", anchor="mm", font_size=14)
+            canvas.paste(panel, (x, y + 20))
+            pen.rectangle((x, y + 20, x + size - 1, y + 19 + size), outline="#d0d0d0")
+        x = 4 * (small + 6) + 12
+        y = top + small + 106
+        for colour, label in ((START, "noise, t = 0"), (END, "data, t = 1")):
+            pen.ellipse((x, y - 4, x + 8, y + 4), colour)
+            pen.text((x + 16, y), label, "black", anchor="lm", font_size=14)
+            y += 24
+    canvas.quantize(64).save(file, optimize=True)
 
 
 # ---- Command line ----
 def main(argv=None):
-    args, rows = parse_args(argv)
+    """Trains and measures every row of the table, or draws the figure."""
+    args = parse_args(argv)
+    data = make_data(args.data)
+    args.out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=args.out).close()  # a folder that takes no files fails here
     print("settings:", vars(args))
     if args.figure:
         torch.manual_seed(args.seed)
-        return print(f"{draw_closed_forms(args)}\n\nthe picture is in {args.out}")
-    flows, results = {}, {}
-    for name, row in rows.items():
+        print(draw_figure(data, args))
+        print(f"\nthe picture is in {args.out}")
+        return
+    flows = {}
+    results = {}
+    for name, method in table_rows(args).items():
         start = time.time()
-        flow = flows[name] = train(name, row)
+        flow = train(name, method, data, args)
+        for _ in range(method.reflow):
+            flow = train(name, method, data, args, teacher=flow)
         seconds = time.time() - start
-        file = args.out / f"model_{name.replace(',', '').replace(' ', '_')}.pt"
-        with replaced(file) as part:
-            torch.save({"config": flow.config, "weights": flow.state_dict()}, part)
-        results[name] = {**measure(flow, row), "seconds": seconds}
-    draw_samples(flows, args)
+        save(args.out / f"model_{name.replace(',', '').replace(' ', '_')}.pt", flow)
+        flows[name] = flow
+        results[name] = measure(flow, method, data, args)
+        results[name]["seconds"] = seconds
+    draw_samples(flows, data, args)
+    if args.ablation:
+        draw_flow({name: flows[name] for name in MAIN_ROWS}, args)
+    else:
+        draw_flow(flows, args)
     state = {"settings": vars(args), "results": results}
-    with replaced(args.out / "metrics.json") as part:
-        part.write_text(json.dumps(state, indent=1, default=str))
-    print(f"{table(results)}\n\npictures, metrics.json and weights are in {args.out}")
+    (args.out / "metrics.json").write_text(json.dumps(state, indent=1, default=str))
+    print(table(results))
+    print(f"\npictures, metrics.json and weights are in {args.out}")
 
 
 if __name__ == "__main__":
@@ -496,5 +833,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except fm.SolverError as e:
+    except (ValueError, OSError, fm.SolverError) as e:
         sys.exit(f"train_toy.py: {e}")
