@@ -756,35 +756,32 @@ def draw_figure(data, args):
 
 def save_trajectories(file, figure, points):
     """A picture of {path: {title: xs}}; the exact flow of the data is large, on points of it."""
-    small = 160
-    large = 2 * small + 26
-    places = {  # column, row and size of a panel
-        "single pairs in 2-D": (0, 0, small),
-        "single pairs in 30-D": (0, 1, small),
-        "exact flow of the data": (1, 0, large),
-        "exact flow, 1 point": (3, 0, small),
-        "exact flow, 3 points": (4, 0, small),
-        "exact flow, 1000 points": (3, 1, small),
+    places = {  # x, y and size of a panel in pixels
+        "single pairs in 2-D": (0, 0, 156),
+        "single pairs in 30-D": (0, 182, 156),
+        "exact flow of the data": (162, 0, 338),
+        "exact flow, 1 point": (506, 0, 156),
+        "exact flow, 3 points": (668, 0, 156),
+        "exact flow, 1000 points": (506, 182, 156),
     }
-    height = 36 + 2 * (small + 26)  # of a path: its name, then panels below their titles
-    canvas = Image.new("RGB", (5 * (small + 6), height * len(figure)), "white")
+    height = 400  # of a path: its name, then panels below their titles
+    canvas = Image.new("RGB", (824, height * len(figure)), "white")
     pen = ImageDraw.Draw(canvas)
     for i, (name, trajectories) in enumerate(figure.items()):
         top = i * height + 36
         pen.text((2, top - 16), f"{name} path", "black", anchor="lm", font_size=21)
-        for title, (column, row, size) in places.items():
+        for title, (x, y, size) in places.items():
             xs = trajectories[title]
-            if size == large:
+            if title == "exact flow of the data":
                 panel = trajectories_image(xs[:, :80], size, points)
             else:
                 panel = trajectories_image(xs[:, :40], size, points[:0])
-            x = column * (small + 6)
-            y = top + row * (small + 26)
+            y += top
             pen.text((x + size / 2, y + 9), title, "black", anchor="mm", font_size=14)
             canvas.paste(panel, (x, y + 20))
             pen.rectangle((x, y + 20, x + size - 1, y + 19 + size), outline="#d0d0d0")
-        x = 4 * (small + 6) + 12
-        y = top + small + 106
+        x = 680
+        y = top + 262
         for colour, label in ((START, "noise, t = 0"), (END, "data, t = 1")):
             pen.ellipse((x, y - 4, x + 8, y + 4), colour)
             pen.text((x + 16, y), label, "black", anchor="lm", font_size=14)
