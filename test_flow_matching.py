@@ -1606,7 +1606,8 @@ def test_public_names_exist_and_are_documented():
 
 SHORT = "--steps 2 --batch 64 --samples 60"
 TOY_RUNS = ["--path ot vp --sde --sigma-min 0.03", "--figure"]
-TOY_RUNS += ["--ablation"] * SCIPY
+if SCIPY:
+    TOY_RUNS.append("--ablation")
 
 
 @pytest.fixture(scope="module")
@@ -1625,62 +1626,96 @@ def numbers_in(line):
     return [float(number) for number in re.findall(r"-?\d+\.\d+", line)]
 
 
-@pytest.mark.parametrize("flags", [flags for flags in TOY_RUNS if flags != "--figure"])
+def toy(flags=""):
+    """Settings, and the method of the first row."""
+    args = train_toy.parse_args(flags.split())
+    rows = train_toy.table_rows(args)
+    return args, next(iter(rows.values()))
+
+
+def trained(flags, seed=0):
+    """Settings, method and data of the first row, and the Flow after its training."""
+    args, method = toy(flags)
+    args.seed = seed
+    data = train_toy.make_data(args.data)
+    return args, method, data, train_toy.train("row", method, data, args)
+
+
+def untrained(path, objective="velocity", net="fourier"):
+    """A flow of data of mean (3, -1) and std 2."""
+    return train_toy.Flow(path, objective, 1e-4, net, shift=[3.0, -1.0], scale=2.0)
+
+
+@cases("flags", [flags for flags in TOY_RUNS if flags != "--figure"])
 def test_toy_prints_and_writes_the_numbers_of_every_row(flags, toy_runs):
     text, folder = toy_runs[flags]
-    results = json.loads((folder / "metrics.json").read_text())["results"]
     assert "0.0000" not in text
-    for picture in ("density.png", "nfe.png"):  # five panels a row
-        assert Image.open(folder / picture).size == (5 * 164, 180 * len(results))
+    results = json.loads((folder / "metrics.json").read_text())["results"]
     for name, r in results.items():
         lines = [line for line in text.splitlines() if line.startswith(f"{name} ")]
         assert len(lines) == 7 + ("--sde" in flags)  # numbers; by solver energy and RMSE
-        wanted = [r[key] for key in ("gap", "gap_se", "excess") if key in r]
         *exact, nfe, seconds = numbers_in(lines[0][16:])
-        assert_close(exact, wanted, atol=6e-5, rtol=0)
-        assert_close([nfe, seconds], [r["nfe"], r["seconds"]], atol=0.051, rtol=0)
-        for kind, line in zip(("energy", "rmse"), [line for line in lines if " euler " in line]):
-            wanted = [1000 * r[f"{kind} euler {n}"] for n in train_toy.NFES]
-            assert_close(numbers_in(line), wanted, atol=0.051, rtol=0)
-        assert all(r[key] != 0 for key in r if key.startswith(("energy", "rmse")))
+        assert_near(exact, [r[key] for key in ("gap", "gap_se", "excess") if key in r], 6e-5)
+        assert_near([nfe, seconds], [r["nfe"], r["seconds"]], 0.051)
         assert ("excess" in r) == (name not in ("minibatch OT", "reflow"))
-    if flags == "--ablation":
-        assert list(results) == list(train_toy.ABLATION) and len(results) == 7
-        assert train_toy.load(folder / "model_score_matching.pt").predict == "score"
+        for kind, line in zip(("energy", "rmse"), [line for line in lines if " euler " in line]):
+            wanted = [1000 * r[kind]["euler"][str(nfe)] for nfe in train_toy.NFES]
+            assert_near(numbers_in(line), wanted, 0.051)
+            assert all(x != 0 for values in r[kind].values() for x in values.values())
+        (line, _) = [line for line in lines if " rk4 " in line]
+        cells = line.split()[-7:]  # of NFE 2, 4, 8, 10, 20, 40, 100, where four calls are a step
+        assert cells[0] == cells[3] == "-"
+        assert abs(float(cells[6]) - 1000 * r["energy"]["rk4"]["100"]) < 0.051
+
+
+@needs_scipy
+def test_toy_ablation_has_the_rows_of_table_1_and_later_pairs(toy_runs):
+    _, folder = toy_runs["--ablation"]
+    results = json.loads((folder / "metrics.json").read_text())["results"]
+    assert list(results) == list(train_toy.ABLATION)
+    configs = [train_toy.load(file).config for file in folder.glob("*.pt")]
+    kinds = sorted((config["path"], config["objective"]) for config in configs)
+    vp = [("vp", objective) for objective in ("noise", "score", "scoreflow", "velocity")]
+    assert kinds == 3 * [("ot", "velocity")] + vp
+    assert train_toy.load(folder / "model_FM_OT.pt").path.sigma_min == 1e-4
+    assert train_toy.load(folder / "model_score_matching.pt").predict == "score"
 
 
 def test_toy_figure_says_what_is_straight_and_that_the_exact_field_memorises(toy_runs):
     text, folder = toy_runs["--figure"]
-    assert Image.open(folder / "paths.png").size == (6 * 164, 2 * 180)
-    rows = {" ".join(line[:26].split()): numbers_in(line[26:]) for line in text.splitlines()}
-    for straight in ("pairs, 2-D", "pairs, 30-D", "flow of 1"):
+    rows = {" ".join(line[:28].split()): numbers_in(line[28:]) for line in text.splitlines()}
+    for straight in ("single pairs in 2-D", "single pairs in 30-D", "exact flow, 1 point"):
         assert rows[f"{straight} OT"] == [1, 0, 0]
-    arc, bend, overshoot = rows["pairs, 2-D VP"]
+    arc, bend, overshoot = rows["single pairs in 2-D VP"]
     assert abs(arc - 1.062) < 0.01 and bend > 2 and abs(overshoot - 0.26) < 0.015
-    assert rows["pairs, 30-D VP"][2] < 0.002
-    assert rows["flow OT"][0] > 1.5  # the marginal flow is another thing
-    assert rows["flow VP"][1] < 0.3 * bend
-    assert rows["flow of 3 OT"] != [1, 0, 0] != rows["flow of 1 VP"]
+    assert rows["single pairs in 30-D VP"][2] < 0.002
+    assert rows["exact flow of the data OT"][0] > 1.5  # the marginal flow is another thing
+    assert rows["exact flow of the data VP"][1] < 0.3 * bend
+    assert rows["exact flow, 3 points OT"] != [1, 0, 0] != rows["exact flow, 1 point VP"]
     near, new = numbers_in(text.split("median distance")[1].splitlines()[0])
     assert 0 < near < 0.005 < 0.03 < new < 0.05  # new: density 1 / 6 a unit area, 1,000 points
     for std in (1.0, 0.25):
         (line,) = re.findall(rf"^OT, std +{std} .*$", text, re.M)
         steps = [1 + slope_of(np.arange(n) / n, std) / n for n in (1, 2, 4, 8, 16, 32)]  # factors
-        assert_close(numbers_in(line)[1:], [np.prod(s) / std for s in steps], atol=0.006, rtol=0)
+        assert_near(numbers_in(line)[1:], [np.prod(s) / std for s in steps], 0.006)
     (line,) = re.findall("^VP, std 0.25 .*$", text, re.M)
     assert numbers_in(line)[1:4] == [4.0, 3.19, 1.39]  # by quadrature elsewhere
+    assert [file.name for file in folder.iterdir()] == ["paths.png"]
 
 
 def test_toy_seed_decides_weights_and_numbers_and_load_restores_them(toy_runs):
+    flags = f"{TOY_RUNS[0]} {SHORT}"
     _, folder = toy_runs[TOY_RUNS[0]]
-    flow, args = train_toy.load(folder / "model_ot.pt"), toy(f"{TOY_RUNS[0]} {SHORT}")
+    flow = train_toy.load(folder / "model_ot.pt")
     x = torch.randn(5, 2)
-    assert flow.path == OTPath(0.03)
-    for seed, same in ((0, True), (1, False)):
-        other = train_toy.train("ot", train_toy.changed(args, seed=seed))
-        assert torch.equal(other.log_prob(x), flow.log_prob(x)) == same
-    numbers = json.loads((folder / "metrics.json").read_text())["results"]["ot"]
-    assert {**train_toy.measure(flow, args), "seconds": numbers["seconds"]} == numbers
+    assert flow.path.sigma_min == 0.03
+    args, method, data, same = trained(flags)
+    *_, other = trained(flags, seed=1)
+    assert torch.equal(same.log_prob(x), flow.log_prob(x))
+    assert not torch.equal(other.log_prob(x), flow.log_prob(x))
+    written = json.loads((folder / "metrics.json").read_text())["results"]["ot"]
+    numbers = train_toy.measure(flow, method, data, args)
+    assert json.loads(json.dumps(numbers)) == {key: written[key] for key in numbers}
 
 
 def test_train_toy_from_the_command_line(tmp_path):
@@ -1689,19 +1724,7 @@ def test_train_toy_from_the_command_line(tmp_path):
     done = subprocess.run(command, cwd=HERE, timeout=60, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     flow = train_toy.load(tmp_path / "model_ve.pt")
-    assert flow.path == fm.VEPath() and flow.layers[0].in_features == 3
-
-
-def toy(flags):
-    """Settings of the first row."""
-    _, rows = train_toy.parse_args([*flags.split(), "--out", "."])  # a folder that is there
-    return next(iter(rows.values()))
-
-
-def untrained(path, objective="velocity", net="fourier"):
-    """A flow of data of mean (3, -1) and std 2."""
-    config = {"path": path, "sigma_min": 1e-4, "objective": objective, "net": net}
-    return train_toy.Flow({**config, "shift": torch.tensor([3.0, -1.0]), "scale": 2.0})
+    assert isinstance(flow.path, fm.VEPath) and flow.layers[0].in_features == 3
 
 
 def slope_of(t, std):
@@ -1712,45 +1735,46 @@ def slope_of(t, std):
 
 def measured(std):
     """An exact flow to N((3, -1), 4 std^2 I), and its numbers for data N((3, -1), 4 I)."""
-    args = toy("--samples 2000")
-    args.dataset = train_toy.Mixture(torch.tensor([[3.0, -1.0]]), 2.0)
+    args, method = toy("--samples 2000")
+    data = train_toy.Mixture(torch.tensor([[3.0, -1.0]]), 2.0)
     flow = untrained("ot")
-    flow.v = lambda t, x: slope_of(t, std)[:, None] * x
-    return flow, train_toy.measure(flow, args)
+    flow.velocity = lambda t, x: slope_of(t, std)[:, None] * x
+    return flow, train_toy.measure(flow, method, data, args)
 
 
 def test_toy_numbers_of_an_exact_field():
     flow, r = measured(1.0)
     x = flow.sample(2000, method="rk4", steps=20)
-    moments = torch.cat([x.mean(0), x.std(0)])
-    assert_close(moments, torch.tensor([3.0, -1.0, 2.0, 2.0]), atol=0.15, rtol=0)
-    assert_close(r["entropy"], 1 + math.log(2 * math.pi * 4), atol=0.05, rtol=0)
+    assert_near(torch.cat([x.mean(0), x.std(0)]), torch.tensor([3.0, -1.0, 2.0, 2.0]), 0.15)
+    assert_near(r["entropy"], 1 + math.log(2 * math.pi * 4), 0.05)
     assert abs(r["gap"]) < 1e-3 and r["gap_se"] < 1e-3 and r["excess"] < 1e-6  # without noise
-    assert_close([r["floor"], r["loss"]], 2 * [math.pi / 2], atol=0.03, rtol=0)
-    assert 14 < r["nfe"] < 60 and abs(r["energy midpoint 100"]) < 0.02
-    xs = odeint(flow.v, torch.randn(2000, 2), torch.linspace(0, 1, 101), "rk4", 100).xs
+    assert_near([r["floor"], r["loss"]], 2 * [math.pi / 2], 0.03)
+    assert 14 < r["nfe"] < 60 and abs(r["energy"]["midpoint"][100]) < 0.02
+    x0 = torch.randn(2000, 2)
+    xs = odeint(flow.velocity, x0, torch.linspace(0, 1, 101), method="rk4", steps=100).xs
     _, bend, _ = train_toy.straightness(xs)
-    assert_close(bend, 2 * (2 - math.pi / 2), atol=0.05, rtol=0)  # of x0 sqrt(2t^2 - 2t + 1)
+    assert_near(bend, 2 * (2 - math.pi / 2), 0.05)  # of x0 sqrt(2t^2 - 2t + 1)
     for nfe in (10, 20, 40):  # x0 ends as x0; the last is 1.7e-5 off, the reference less
         t = np.arange(0, nfe, 2) / nfe
         half = 1 + slope_of(t, 1.0) / nfe
         factors = 1 + 2 / nfe * slope_of(t + 1 / nfe, 1.0) * half
         wanted = abs(np.prod(factors) - 1) / 0.5  # two Euler steps leave half of x0
-        assert_close(r[f"rmse midpoint {nfe}"] / r["rmse euler 2"], wanted, rtol=0.1, atol=0)
+        ratio = r["rmse"]["midpoint"][nfe] / r["rmse"]["euler"][2]
+        assert_close(ratio, wanted, rtol=0.1, atol=0)
 
 
 def test_toy_gap_and_excess_of_a_field_of_another_width():
     _, r = measured(1.5)
     ratio = 1 - 1 / 1.5**2
-    assert_close(r["gap"], 2 * math.log(1.5) - ratio, atol=4 * r["gap_se"], rtol=0)
+    assert_near(r["gap"], 2 * math.log(1.5) - ratio, 4 * r["gap_se"])
     assert_close(r["gap_se"], ratio / math.sqrt(2000), rtol=0.1, atol=0)
     t = np.linspace(0, 1, 10_001)
     error = (slope_of(t, 1.5) - slope_of(t, 1.0)) ** 2 * (t**2 + (1 - t) ** 2)
     assert_close(r["excess"], error.mean(), rtol=0.04, atol=0)
-    assert_close(r["loss"] - r["floor"], error.mean(), rtol=0, atol=0.02)
+    assert_near(r["loss"] - r["floor"], error.mean(), 0.02)
 
 
-@pytest.mark.parametrize("turn, overshoot", [(math.pi / 2, 0.0), (3 * math.pi / 2, 1.0)])
+@cases("turn, overshoot", [(math.pi / 2, 0.0), (3 * math.pi / 2, 1.0)])
 def test_straightness_of_circular_arcs(turn, overshoot):
     angle = torch.linspace(0, turn, 1001)[:, None]
     xs = torch.stack([angle.cos(), angle.sin()], 2)  # chord sqrt(2)
@@ -1759,28 +1783,33 @@ def test_straightness_of_circular_arcs(turn, overshoot):
 
 
 def test_energy_distance_of_two_normals():
-    x, y = torch.randn(2, 4000, 2) * torch.tensor([2.0, 1.0])[:, None, None]
+    x = 2 * torch.randn(4000, 2)
+    y = torch.randn(4000, 2)
     wanted = math.sqrt(math.pi / 2) * (2 * math.sqrt(5) - 3 * math.sqrt(2))
-    assert_close(train_toy.energy_distance(x, y), wanted, atol=0.03, rtol=0)
+    assert_near(train_toy.energy_distance(x, y), wanted, 0.03)
 
 
-@pytest.mark.parametrize("objective", ["velocity", "noise", "score"])
-@pytest.mark.parametrize("name", ["ot", "vp", "ve"])
+@cases("objective", ["velocity", "noise", "score"])
+@cases("name", ["ot", "vp", "ve"])
 def test_toy_network_begins_with_the_exact_answer_to_gaussian_data(name, objective):
-    t, x = 0.05 + 0.9 * torch.rand(6), torch.randn(6, 2)
-    flow, paper = untrained(name, objective), untrained(name, objective, "paper")
+    t = 0.05 + 0.9 * torch.rand(6)
+    x = torch.randn(6, 2)
+    flow = untrained(name, objective)
+    paper = untrained(name, objective, "paper")
     for p in [*flow.layers[-2].parameters(), *paper.layers[-2].parameters()]:
         torch.nn.init.zeros_(p)
     u = train_toy.Mixture(torch.zeros(1, 2), 1.0).field(flow.path, t, x)  # of N(0, I)
     wanted = flow.path.convert(t, x, u, "velocity", objective)
     assert_close(flow(t, x), wanted, atol=1e-4, rtol=1e-4)
+    assert_close(flow.velocity(t, x), u, atol=1e-4, rtol=1e-4)
     assert not paper(t, x).any()  # nothing is added to what its layers say
     widths = [p.shape[1] for p in paper.layers.parameters() if p.ndim == 2]
     assert widths == [3] + 5 * [512]  # five layers of 512 on (t, x)
 
 
 def test_toy_network_can_vary_over_sigma_t():
-    flow, x = untrained("ot"), torch.randn(200, 2)
+    flow = untrained("ot")
+    x = torch.randn(200, 2)
     seen = []
     flow.layers.register_forward_pre_hook(lambda layers, inputs: seen.append(inputs[0]))
     for t in (0.0, 1.0):  # rho is 1 at both
@@ -1789,14 +1818,17 @@ def test_toy_network_can_vary_over_sigma_t():
     assert data / noise > 3  # 0.2 / 0.05 at the data against 0.2 / 1.05 in noise
 
 
-@pytest.mark.parametrize("objective", fm.OBJECTIVES)
+@cases("objective", fm.OBJECTIVES)
 def test_eq46_toy_networks_of_every_objective_learn_the_same_field(objective):
     excess = []
     for steps in (1, 300):
-        args = toy(f"--path vp --objective {objective} --data moons --batch 256 --steps {steps}")
-        flow, x1, t = train_toy.train("vp", args), args.dataset.sample(2000), torch.rand(2000)
+        flags = f"--path vp --objective {objective} --data moons --batch 256 --steps {steps}"
+        _, _, data, flow = trained(flags)
+        x1 = data.sample(2000)
+        t = torch.rand(2000)
         x_t = VP.psi(t, torch.randn(2000, 2), x1)
-        excess.append((flow.v(t, x_t) - args.dataset.field(VP, t, x_t)).square().mean())
+        error = flow.velocity(t, x_t) - data.field(VP, t, x_t)
+        excess.append(error.square().mean())
     assert excess[1] < 0.4 * excess[0]
 
 
@@ -1804,20 +1836,22 @@ def test_eq46_toy_networks_of_every_objective_learn_the_same_field(objective):
 def test_reflow_and_minibatch_coupling_straighten_and_sde_samples_agree():
     runs = []
     for flags in ("--sde", "--reflow 1", "--coupling ot"):
-        args = toy(f"--data 8gaussians --steps 300 --batch 128 --samples 500 {flags}")
-        flow = train_toy.train("ot", args)
-        xs = odeint(flow.v, torch.randn(500, 2), torch.linspace(0, 1, 51), "rk4", 50).xs
-        arc, bend, _ = train_toy.straightness(xs)
-        runs.append({**train_toy.measure(flow, args), "arc": arc, "bend": bend})
-    plain = runs.pop(0)
-    for r in runs:
+        flags += " --data 8gaussians --steps 300 --batch 128 --samples 500"
+        args, method, data, flow = trained(flags)
+        r = train_toy.measure(flow, method, data, args)
+        times = torch.linspace(0, 1, 51)
+        xs = odeint(flow.velocity, torch.randn(500, 2), times, method="rk4", steps=50).xs
+        r["arc"], r["bend"], _ = train_toy.straightness(xs)
+        runs.append(r)
+    plain, *straight = runs
+    for r in straight:
         assert r["bend"] < 0.3 * plain["bend"] and r["arc"] - 1 < 0.5 * (plain["arc"] - 1)
-        assert r["energy midpoint 4"] < 0.1 * plain["energy midpoint 4"]
-    sde = [plain[f"energy sde {nfe}"] for nfe in (4, 20, 100)]
-    assert sde[0] > 0.03 and sde[1] < 0.02 and sde[2] < 0.01
+        assert r["energy"]["midpoint"][4] < 0.1 * plain["energy"]["midpoint"][4]
+    sde = plain["energy"]["sde"]
+    assert sde[4] > 0.03 and sde[20] < 0.02 and sde[100] < 0.01
 
 
-@pytest.mark.parametrize("name", ["checkerboard", *train_toy.MIXTURES])
+@cases("name", ["checkerboard", *train_toy.MIXTURES])
 def test_toy_data_densities_and_fields_are_exact(name):
     data = train_toy.make_data(name)
     x = data.sample(2000)
@@ -1827,62 +1861,229 @@ def test_toy_data_densities_and_fields_are_exact(name):
         centres, noise = train_toy.MIXTURES[name]
         points = (data.shift + data.scale * x)[:, None]
         log_p = Normal(centres, noise).log_prob(points).sum(2).logsumexp(1) - math.log(len(centres))
-    assert_close(data.log_prob(x), log_p, atol=5e-3, rtol=0)
-    for path in (OTPath(), VPPath()):  # u_t = E[dx_t | x_t]: orthogonal to what the target has left
+    assert_near(data.log_prob(x), log_p, 5e-3)
+    for path in (
+        OTPath(),
+        VPPath(),
+    ):  # u_t = E[dpsi_t | x_t]: orthogonal to what the target has left
         t = torch.rand(len(x)) * 0.9
-        x_t, dx_t = path.psi_dpsi(t, torch.randn_like(x), x)
+        x_t, dpsi_t = path.psi_dpsi(t, torch.randn_like(x), x)
         u = data.field(path, t, x_t)
         for probe in (u, x_t, torch.sin(3 * x_t), torch.ones_like(u)):
-            z = ((dx_t - u).double() * probe).sum(1)
+            z = ((dpsi_t - u).double() * probe).sum(1)
             assert abs(z.mean()) < 4.5 * z.std() / math.sqrt(len(z)), path
 
 
-def test_toy_pictures_are_the_right_way_up_and_on_white(tmp_path):
-    picture = Image.new("RGBA", (9, 9), (0, 0, 0, 0))  # transparent, so white, though its RGB is 0
+# The toy's pictures, read and drawn
+
+
+def test_toy_takes_dark_pixels_of_a_picture_for_data_transparent_ones_are_white(tmp_path):
+    picture = Image.new("RGBA", (9, 9), (0, 0, 0, 0))  # transparent, though its RGB is 0
     picture.paste((0, 0, 0, 255), (0, 0, 3, 3))  # dark at the top left, and a little elsewhere
     picture.putpixel((8, 8), (0, 0, 0, 255))
     picture.save(tmp_path / "corner.png")
     data = train_toy.make_data(str(tmp_path / "corner.png"))
     x = data.sample(500)
     assert len(data.centres) == 10 and x[:, 0].median() < 0 < x[:, 1].median()
-    path = torch.tensor([[[0.0, 0.0]], [[1.125, 2.025]]])
-    for image in (train_toy.density_image(path[1]), train_toy.paths_image(path)):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # orientation: half a turn
+    picture.save(tmp_path / "turned.png", exif=exif)
+    x = train_toy.make_data(str(tmp_path / "turned.png")).sample(500)
+    assert x[:, 1].median() < 0 < x[:, 0].median()
+    picture.resize((900, 900), Image.NEAREST).save(tmp_path / "large.png")
+    large = train_toy.make_data(str(tmp_path / "large.png"))
+    assert abs(len(large.centres) - 10 / 81 * 128**2) < 100  # of at most 128 x 128 pixels
+    assert large.noise * large.scale == pytest.approx(0.5)
+
+
+@cases("mode", ["I;16", "I;16B"])
+def test_toy_reads_16_bit_pictures_by_their_257ths(mode, tmp_path):
+    values = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
+    if mode == "I;16B":
+        values = values.astype(">u2")
+    Image.frombytes(mode, (4, 1), values.tobytes()).save(tmp_path / "deep.tiff")
+    assert np.asarray(train_toy.read_grey(tmp_path / "deep.tiff")).tolist() == [[0, 1, 128, 255]]
+
+
+@cases("picture", ["L", "I", "F"])
+def test_toy_refuses_pictures_without_dark_pixels_or_without_a_known_white(picture, tmp_path):
+    file = tmp_path / "pale.tiff"
+    Image.new(picture, (5, 5), 200).save(file)
+    rule = "no pixel darker than 128" if picture == "L" else f"mode {picture}"
+    with pytest.raises(ValueError, match=f"--data .*pale.tiff has {rule}"):
+        train_toy.make_data(str(file))
+
+
+def test_toy_pictures_are_the_right_way_up():
+    start = torch.tensor([[0.0, 0.0]])
+    end = torch.tensor([[1.125, 2.025]])  # three quarters to the right, a twentieth from the top
+    size = train_toy.PANEL
+    trajectory = train_toy.trajectories_image(torch.stack([start, end]), size, end[:0])
+    for image in (train_toy.density_image(end), trajectory):
         red, _, blue = np.moveaxis(np.asarray(image).astype(int), 2, 0)
-        row, column = np.unravel_index((red - blue).argmax(), (160, 160))
-        assert abs(row - 8) < 3 and abs(column - 120) < 3  # the end, above on the right
+        row, column = np.unravel_index((red - blue).argmax(), (size, size))
+        assert abs(row - size / 20) < 3 and abs(column - 3 * size / 4) < 3
+    frame = np.asarray(train_toy.flow_frame({"ot": (start, end)}, 0.5)).astype(int)
+    dots = (np.ptp(frame, 2) > 80).nonzero()  # what has a colour
+    assert abs(dots[0].mean() - 32 - 360 / 20) < 2 and abs(dots[1].mean() - 270) < 2
 
 
-def test_train_toy_keeps_the_old_file_when_the_disk_is_full(tmp_path):
-    file = tmp_path / "model.pt"
-    file.write_text("old")
-    with pytest.raises(OSError), train_toy.replaced(file) as part:
-        part.write_text("ne")
-        raise OSError
-    assert file.read_text() == "old"
+def written_at(image, left, top, right, bottom):
+    """Whether something of another colour than the corner stands in that part of an image."""
+    part = np.asarray(image.convert("L"))[top:bottom, left:right]
+    return bool((part != part[0, 0]).any())
 
+
+def test_toy_grids_have_a_panel_for_each_number_headings_and_names(toy_runs, tmp_path):
+    grids = [(toy_runs[TOY_RUNS[0]][1], ("density", "nfe"), 2)]
+    if SCIPY:
+        folder = toy_runs["--ablation"][1]
+        grids += [(folder, ("density", "nfe"), 7), (folder, ("density_main", "nfe_main"), 3)]
+    for folder, names, rows in grids:
+        for name in names:
+            image = Image.open(folder / f"{name}.png")
+            assert image.size == (26 + 5 * 160 - 4, 26 + rows * 160 - 4)
+            assert all(written_at(image, 26 + 160 * i, 0, 182 + 160 * i, 26) for i in range(5))
+            assert all(written_at(image, 0, 26 + 160 * i, 26, 182 + 160 * i) for i in range(rows))
+    black = Image.new("RGB", (train_toy.PANEL, train_toy.PANEL))
+    train_toy.save_grid(tmp_path / "grid.png", ("", ""), {"a": [black, black], "b": [black, black]})
+    grid = np.asarray(Image.open(tmp_path / "grid.png").convert("L"))
+    assert (grid[26:182, 26:182] == 0).all() and (grid[186:, 186:] == 0).all()
+    assert (grid[182:186] == 255).all() and (grid[:26] == 255).all()
+
+
+def flow_to_a_point():
+    """The exact flow from N(0, I) to about (1.5, 1): straight lines at constant speed."""
+    flow = untrained("ot")
+    flow.velocity = Marginal(OT, torch.tensor([[1.5, 1.0]]))
+    return flow
+
+
+def centre(panel):
+    """Mean place, in units of the data, of what is bright in a panel."""
+    bright = np.asarray(panel.convert("RGB"))[:, :, 1] - 14.0  # green, without the background's
+    rows, columns = np.indices(bright.shape) + 0.5
+    half = panel.width / 2
+    x = (bright * columns).sum() / bright.sum() / half - 1
+    y = 1 - (bright * rows).sum() / bright.sum() / half
+    return [2.25 * x.item(), 2.25 * y.item()]
+
+
+def test_toy_panels_go_from_noise_to_samples_and_then_to_data(tmp_path):
+    args, _ = toy("--samples 4000")
+    args.out = tmp_path
+    data = train_toy.Mixture(torch.zeros(1, 2), 1.0)
+    data.sample = lambda n: torch.full((n, 2), -1.0)
+    train_toy.draw_samples({"ot": flow_to_a_point()}, data, args)
+    ends = {"density": (0, 1 / 3, 2 / 3, 5 / 6, 1), "nfe": (1, 1, 1, 1, None)}
+    for name, times in ends.items():
+        image = Image.open(tmp_path / f"{name}.png")
+        for i, t in enumerate(times):
+            panel = image.crop((26 + 160 * i, 26, 182 + 160 * i, 182))
+            wanted = [-1.0, -1.0] if t is None else [1.5 * t, 1.0 * t]
+            assert_near(centre(panel), wanted, 0.1)
+
+
+def test_flow_gif_moves_samples_from_noise_to_data_and_then_holds(tmp_path, toy_runs):
+    args, _ = toy()
+    args.out = tmp_path
+    train_toy.draw_flow({"ot": flow_to_a_point(), "vp": untrained("vp")}, args)
+    gif = Image.open(tmp_path / "flow.gif")
+    assert gif.size == (728, 428) and gif.info["loop"] == 0
+    milliseconds = []
+    for i in range(gif.n_frames):
+        gif.seek(i)
+        milliseconds.append(gif.info["duration"])
+        frame = np.asarray(gif.convert("RGB")).astype(int)
+        bar = (frame[410, 96:] > 200).all(1).sum()
+        assert abs(bar - 616 * i / 30) < 3  # as long as t
+        if i in (15, 30):  # before, some dots are outside
+            y, x = (np.ptp(frame[32:392, :360], 2) > 80).nonzero()
+            place = [2.25 * (x.mean() / 180 - 1), 2.25 * (1 - y.mean() / 180)]
+            assert_near(place, [1.5 * i / 30, i / 30], 0.06)
+    assert gif.n_frames == 31 and 3000 < sum(milliseconds) < 10_000
+    assert milliseconds[-1] > 2000 and max(milliseconds[1:-1]) < 100
+    for run in TOY_RUNS[::2]:  # the two paths, and of an ablation the main rows
+        _, folder = toy_runs[run]
+        width = Image.open(folder / "flow.gif").width
+        assert width == (728 if "ot vp" in run else 3 * (820 // 3 + 8) - 8)
+    assert (tmp_path / "flow.gif").stat().st_size < 500_000
+
+
+def test_flow_gif_keeps_the_colour_of_a_dots_start():
+    angle = math.pi * (torch.arange(6) + 0.5) / 3
+    start = torch.stack([angle.cos(), angle.sin()], 1)
+    now = torch.linspace(-2, 2, 6)[:, None].expand(-1, 2)
+    colours = []
+    for places in (now, now.flip(0)):
+        frame = train_toy.flow_frame({"ot": (start, places)}, 0.0)
+        pixels = (180 * (1 + places * torch.tensor([1, -1]) / 2.25)).long().tolist()
+        colours.append([frame.getpixel((x, 32 + y)) for x, y in pixels])
+    assert colours[0] == colours[1] and len(set(colours[0])) == 6
+
+
+# What the toy refuses
 
 BAD_TOY = {
-    "--batch 0": "x1 must be floating point",
-    "--data circles": "checkerboard, 8gaussians, moons, rings or a PNG file",
-    "--objective noise": "noise does not tell velocity",
-    "--objective scoreflow --path ve": "beta",
-    "--path ot ve --reflow 1": "x0",
-    "--ablation --objective noise": "leave out --objective",
+    "--batch 0": "--batch must be at least 1; got 0",
+    "--steps -5": "--steps must be at least 1; got -5",
+    "--samples 1": "--samples must be at least 2; got 1",
+    "--reflow -1": "--reflow must be at least 0; got -1",
+    "--sigma-min 1": "--sigma-min must lie in [0, 1); got 1.0",
+    "--device gpu": "--device",
+    "--data circles": "checkerboard, 8gaussians, moons, rings or a picture file; got circles",
+    "--data README.md": "cannot identify image file",
+    "--objective noise": "--objective noise tells no velocity at t = 0 of ot",
+    "--objective score --path vp cosine": "no velocity at t = 0 of cosine",
+    "--objective scoreflow --path ve": "beta(t) of --path vp, not of ve",
+    "--path ot ve --reflow 1": "need psi_0(x0) = x0: --path ot, not ve",
+    "--path vp --coupling ot": "need psi_0(x0) = x0: --path ot, not vp",
+    "--ablation --objective noise": "--ablation has its own rows: leave out --objective",
+    "--ablation --sde": "--ablation has its own rows: leave out --sde",
     "--sde --coupling ot": "--sde needs the score",
+    "--sde --reflow 1": "--sde needs the score",
     "--out README.md": "README.md",
+    "--out /proc": "/proc",
 }
 
 
-@pytest.mark.parametrize("line", BAD_TOY)
-def test_train_toy_refuses_bad_command_lines(line, capsys, monkeypatch, tmp_path):
+@cases("line", BAD_TOY)
+def test_train_toy_refuses_bad_command_lines_before_it_trains(line, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_toy, "train_once", None)
     Path("README.md").write_text("no folder and no picture")
     with pytest.raises(SystemExit) as e:
         train_toy.main(line.split())
-    error = capsys.readouterr().err
-    words = BAD_TOY[line] if SCIPY or BAD_TOY[line] in error else "scipy"
-    assert e.value.code == 2 and words in error.splitlines()[-1] and "Traceback" not in error
+    error = capsys.readouterr().err.strip().splitlines() or [e.value.code]
+    assert BAD_TOY[line] in error[-1]
     assert Path("README.md").read_text() == "no folder and no picture"
+
+
+@cases("line", ["--ablation", "--coupling ot"])
+def test_train_toy_misses_scipy_before_it_trains(line, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        train_toy.parse_args(line.split())
+    assert "pip install scipy" in capsys.readouterr().err
+
+
+def test_train_toy_stops_where_the_loss_is_not_finite(tmp_path):
+    with pytest.raises(SystemExit, match="ot: the loss is not finite at step 500: lower --lr"):
+        train_toy.main(f"--lr 1e30 --steps 600 --batch 4 --out {tmp_path}".split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_toy_keeps_the_old_file_when_the_disk_is_full(tmp_path, monkeypatch):
+    def save(state, file):
+        file.write_text("ne")
+        raise OSError
+
+    file = tmp_path / "model_ot.pt"
+    file.write_text("old")
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError):
+        train_toy.save(file, untrained("ot"))
+    assert file.read_text() == "old"
 
 
 # ---- train_cifar.py: helpers ---------------------------------------------------------------------

@@ -128,7 +128,6 @@ def parse_args(argv=None):
     group.add_argument("--seed", type=int, default=0, help="seed of weights, data and noise")
     group.add_argument(
         "--device",
-        type=torch.device,
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="where the network runs: cpu, cuda or mps",
     )
@@ -156,13 +155,14 @@ def check_args(p, args):
             p.error(f"--{name} must be at least {least}; got {value}")
     if not 0 <= args.sigma_min < 1:
         p.error(f"--sigma-min must lie in [0, 1); got {args.sigma_min}")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as e:
+        p.error(f"--device {args.device}: {str(e).splitlines()[0]}")
     if args.ablation:
         for name in ("path", "objective", "coupling", "reflow", "sde"):
             if getattr(args, name) != p.get_default(name):
                 p.error(f"--ablation has its own rows: leave out --{name}")
-    if args.ablation or args.coupling == "ot":
-        if importlib.util.find_spec("scipy") is None:
-            p.error("optimal transport of minibatches needs SciPy: pip install scipy")
     pairs = args.coupling == "ot" or args.reflow > 0
     if pairs and args.sde:
         p.error("--sde needs the score, which v tells only for independent pairs")
@@ -173,6 +173,9 @@ def check_args(p, args):
             p.error(f"--objective {args.objective} tells no velocity at t = 0 of {path}: --path vp")
         if args.objective == "scoreflow" and path != "vp":
             p.error(f"--objective scoreflow has the weight beta(t) of --path vp, not of {path}")
+    if args.ablation or args.coupling == "ot":
+        if importlib.util.find_spec("scipy") is None:
+            p.error("optimal transport of minibatches needs SciPy: pip install scipy")
 
 
 def table_rows(args):
@@ -274,7 +277,15 @@ def reflow_pairs(teacher, n):
     return x0, x1
 
 
-def train(name, method, data, args, teacher=None):
+def train(name, method, data, args):
+    """The Flow of a method, trained again in every round of reflow, on the pairs of the last."""
+    flow = train_once(name, method, data, args)
+    for _ in range(method.reflow):
+        flow = train_once(name, method, data, args, teacher=flow)
+    return flow
+
+
+def train_once(name, method, data, args, teacher=None):
     """A Flow after args.steps steps of Adam with cosine decay; with a teacher, on its pairs."""
     torch.manual_seed(args.seed)
     shift = data.shift.tolist()
@@ -790,9 +801,8 @@ def save_trajectories(file, figure, points):
 
 
 # ---- Command line ----
-def main(argv=None):
-    """Trains and measures every row of the table, or draws the figure."""
-    args = parse_args(argv)
+def run(args):
+    """Trains, measures and draws every row of the table, or draws the figure."""
     data = make_data(args.data)
     args.out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=args.out).close()  # a folder that takes no files fails here
@@ -807,8 +817,6 @@ def main(argv=None):
     for name, method in table_rows(args).items():
         start = time.time()
         flow = train(name, method, data, args)
-        for _ in range(method.reflow):
-            flow = train(name, method, data, args, teacher=flow)
         seconds = time.time() - start
         save(args.out / f"model_{name.replace(',', '').replace(' ', '_')}.pt", flow)
         flows[name] = flow
@@ -825,10 +833,17 @@ def main(argv=None):
     print(f"\npictures, metrics.json and weights are in {args.out}")
 
 
+def main(argv=None):
+    """The command; what is wrong with its settings ends it with one line."""
+    args = parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, OSError, fm.SolverError) as e:
+        sys.exit(f"train_toy.py: {e}")
+
+
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError, fm.SolverError) as e:
-        sys.exit(f"train_toy.py: {e}")
