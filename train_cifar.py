@@ -3,498 +3,841 @@
 
     python train_cifar.py                                 CIFAR-10; the same line again resumes
     python train_cifar.py --recipe laptop --data FOLDER   28 pixels, ten minutes on two CPU cores
-    torchrun --nproc_per_node=8 train_cifar.py            8 GPUs, the batches of one
+    torchrun --nproc_per_node=8 train_cifar.py            8 GPUs; --batch stays the total
     python train_cifar.py --sample 50000                  numbered PNG files, averaged weights
-    python train_cifar.py --bpd 1000                      bits per dimension, held-out images
+    python train_cifar.py --bpd 1000                      bits per dimension of held-out images
 
-Computed for an A100 at 40 % of its peak, 3 forward passes an image, not measured: --recipe modern
-4 h in bf16 (3,640 images/s), 8 h in TF32 (1,820); --recipe paper 31 h (910), 61 h (455).
+What the command line does not say comes from the checkpoint in --out, and without one from the
+recipe.
 """
 
 import argparse
-import contextlib
-import hashlib
+import copy
 import math
 import os
-import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageOps
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets import CIFAR10
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import save_image
 
 import flow_matching as fm
-from flow_matching import OBJECTIVES, PATHS, UNet, bits_per_dim, cfm_loss, odeint, ot_coupling
+from flow_matching import OBJECTIVES, PATHS, UNet, bits_per_dim, cfm_loss, odeint
 
-# Rows of flags with their defaults; what each is, between semicolons. Departure: the defaults are
-# the recipe of Tong et al. (2024), smaller and better than that of Table 3, --recipe paper.
-SETTINGS = [
-    (dict(out="runs/cifar", recipe="modern"), "a run's folder, new or to resume; whose defaults"),
-    (dict(sample=0, bpd=0), "N samples to write, not to train; N held-out images to evaluate"),
-    (dict(device="", eval_batch=64), "cuda, mps or cpu; images at a time in --sample and --bpd"),
-    (dict(data="cifar10", test=""), "cifar10, in ./data, or a folder; held-out images likewise"),
-    (dict(size=32, flip=True), "pixels of the central squares; mirror half of them in training"),
-    (dict(conditional=False), "learn labels: CIFAR-10's, or the names of the folder's subfolders"),
-    (dict(superres=1), "N: learn images given themselves at 1/N of their size, Section 6.3"),
-    (dict(path="ot", objective="velocity"), "Section 4.1; row of Table 1"),
-    (dict(coupling="independent"), "ot: pair noise and images in minibatches, by SciPy"),
-    (dict(channels=128, channel_mult="1,2,2,2"), "width of the UNet; its factor at each level"),
-    (dict(num_res_blocks=2, dropout=0.1), "residual blocks at each level; dropout in them"),
-    (dict(attention_resolutions="16", head_channels=64), "image sizes with it; width of a head"),
-    (dict(init="", seed=0), "start from a checkpoint.pt, or torchcfm's as adm:FILE; of all draws"),
-    (dict(batch=128, accumulate=1), "images a step, on all ranks; pieces of it, to save memory"),
-    (dict(steps=400_000, lr=2e-4), "of training, by Adam; its learning rate"),
-    (dict(warmup=5000, decay="none"), "steps to reach --lr; the way from there down to 1e-8"),
-    (dict(clip=1.0, ema=0.9999), "largest norm of the gradient, 0: any; decay of the average"),
-    (dict(precision="fp32", compile=False), "bf16: autocast; the network, by torch.compile"),
-    (dict(log_every=100, save_every=1000, preview_every=5000), "steps; steps; steps to a picture"),
-    (dict(solver="dopri5:1e-5"), "dopri5:TOLERANCE, or euler, midpoint or rk4:NFE, network calls"),
-    (dict(guidance=1.0), "w: v_none + w (v_label - v_none), two network calls in one of these"),
-    (dict(K=1, probes=1), "draws of the dequantisation, Eq. (47); of Eq. (34), 0: exact trace"),
-]
-DEFAULTS = {name: default for row, _ in SETTINGS for name, default in row.items()}
-PROGRAM = {"out", "device", "sample", "bpd"}  # all others are kept in the checkpoint
-EVALUATION = {"solver", "guidance", "K", "probes", "eval_batch"}  # these and the next may change
-FREE = {"data", "test", "accumulate", "compile", "log_every", "save_every", "preview_every"}
-PAPER = "--channels 256 --dropout 0 --no-flip --batch 256 --steps 391000 --lr 5e-4 --warmup 45000"
-PAPER += " --decay linear --clip 0 --ema 0"
-# Departure: ten minutes on two CPU cores, in many small steps.
-LAPTOP = "--size 28 --channels 48 --channel-mult 1,2,2 --num-res-blocks 1 --attention-resolutions 7"
-LAPTOP += " --dropout 0 --no-flip --batch 8 --steps 3000 --lr 2e-3 --warmup 150 --decay linear"
-LAPTOP += " --ema 0.995 --solver midpoint:20 --preview-every 1000"
-RECIPES = {"modern": "", "paper": PAPER, "laptop": LAPTOP}
-CHOICES = dict(recipe=RECIPES, path=PATHS, objective=OBJECTIVES, precision=("fp32", "bf16"))
-CHOICES |= dict(coupling=("independent", "ot"), decay=("none", "linear", "cosine"))
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets it: the number of this process
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are
+
+# Departure: the default is the recipe of Tong et al. (2024), smaller and better than Table 3's.
+MODERN = {
+    "size": 32,
+    "grey": False,
+    "flip": True,
+    "channels": 128,
+    "channel_mult": [1, 2, 2, 2],
+    "num_res_blocks": 2,
+    "attention_resolutions": [16],
+    "head_channels": 64,
+    "dropout": 0.1,
+    "batch": 128,
+    "steps": 400_000,
+    "lr": 2e-4,
+    "warmup": 5000,
+    "decay": "none",
+    "clip": 1.0,
+    "ema": 0.9999,
+    "late_times": 1.0,
+    "workers": 4,
+    "picture_every": 5000,
+}
+PAPER = {  # Table 3, CIFAR-10, as far as it is not MODERN
+    "flip": False,
+    "channels": 256,
+    "dropout": 0.0,
+    "batch": 256,
+    "steps": 391_000,
+    "lr": 5e-4,
+    "warmup": 45_000,
+    "decay": "linear",
+    "clip": math.inf,
+    "ema": 0.0,
+}
+LAPTOP = {  # Departure: ten minutes on two CPU cores, in many small steps
+    "size": 28,
+    "grey": True,
+    "flip": False,
+    "channels": 48,
+    "channel_mult": [1, 2, 2],
+    "num_res_blocks": 1,
+    "attention_resolutions": [7],
+    "dropout": 0.0,
+    "batch": 8,
+    "steps": 3000,
+    "lr": 2e-3,
+    "warmup": 150,
+    "decay": "linear",
+    "ema": 0.995,
+    "workers": 0,
+    "picture_every": 1000,
+}
+RECIPES = {"modern": MODERN, "paper": PAPER, "laptop": LAPTOP}
 
 
-def solver(text):
-    """The keywords of odeint."""
-    method, value = text.split(":")
-    if method == "dopri5":
-        return {"method": method, "rtol": float(value), "atol": float(value)}
-    return {"method": method, "steps": int(value) // {"midpoint": 2, "rk4": 4}.get(method, 1)}
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Prints each default, and the docstring above as it stands."""
 
 
-def integers(text):
-    return tuple(map(int, text.split(",")))
+def parse_args(argv=None):
+    """Settings, and the checkpoint of --out or None: flags, then checkpoint, then recipe."""
+    parser = argparse.ArgumentParser(
+        "train_cifar.py",
+        usage="%(prog)s [--flag value]..., see --help",
+        description=__doc__,
+        formatter_class=HelpFormatter,
+    )
+    boolean = argparse.BooleanOptionalAction
+    # fmt: off
+    group = parser.add_argument_group("the run")
+    group.add_argument("--out", default="runs/cifar",
+        help="folder of the run; if it holds a checkpoint, the run goes on from there")
+    group.add_argument("--recipe", choices=RECIPES, default="modern",
+        help="defaults of a new run: Tong et al. (2024), Table 3 of the paper, or two CPU cores")
+    group.add_argument("--sample", type=int, default=0,
+        help="do not train: write this many samples as PNG files")
+    group.add_argument("--bpd", type=int, default=0,
+        help="do not train: evaluate bits per dimension of this many held-out images")
+    group.add_argument("--seed", type=int, default=0,
+        help="seed of the weights, the data's order and all noise, 0 to 999")
+    group.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto",
+        help="where to compute; auto is cuda if there is a GPU, else cpu")
 
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", default="cifar10",
+        help="training images: a folder, or cifar10, which is downloaded unless "
+             "cifar-10-python.tar.gz is in ./data")
+    group.add_argument("--test",
+        help="held-out images: a folder, or cifar10; for --data cifar10 its own test images")
+    group.add_argument("--size", type=int,
+        help="width of the images in pixels: the central square of a picture, averaged")
+    group.add_argument("--grey", action=boolean,
+        help="make the images grey, with one channel instead of three")
+    group.add_argument("--flip", action=boolean,
+        help="mirror half of the images in training")
+    group.add_argument("--conditional", action=boolean, default=False,
+        help="learn labels: CIFAR-10's, or the names of the folders in --data; a tenth of them is "
+             "hidden in training, for --guidance")
+    group.add_argument("--superres", type=int, default=1,
+        help="learn images given themselves at 1/N of their width, Section 6.3; 1 gives nothing")
+    group.add_argument("--workers", type=int,
+        help="processes on each rank that read images; with 0 the training itself reads them")
 
-def resolve_args(argv):
-    """Settings and checkpoint: the command line's come before the run's, before the recipe's."""
-    raw = argparse.RawDescriptionHelpFormatter
-    usage = "%(prog)s [--flag value]..., see --help"
-    parser = argparse.ArgumentParser("train_cifar.py", usage, __doc__, formatter_class=raw)
-    types = {"channel_mult": integers, "attention_resolutions": integers, "solver": solver}
-    for row, texts in SETTINGS:
-        for (name, default), text in zip(row.items(), texts.split("; ")):
-            how = {"type": types.get(name, type(default)), "choices": CHOICES.get(name)}
-            if isinstance(default, bool):
-                how = {"action": argparse.BooleanOptionalAction}
-            flag = "--" + name.replace("_", "-")
-            parser.add_argument(flag, default=default, help=f"{text} ({default})", **how)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    parser.set_defaults(classes=(), rank=int(os.environ.get("RANK", 0)), world=world)
+    group = parser.add_argument_group("method")
+    group.add_argument("--path", choices=PATHS, default="ot",
+        help="probability path, Section 4.1")
+    group.add_argument("--objective", choices=OBJECTIVES, default="velocity",
+        help="what is learned, Table 1: velocity is flow matching, noise is DDPM, score and "
+             "scoreflow are score matching; all but velocity need --path vp or ve")
+    group.add_argument("--late-times", type=float,
+        help="P in the training times t = 1 - (1 - u)^P, u uniform in [0, 1]: 1 is uniform, 2 has "
+             "more times near the data")
+
+    group = parser.add_argument_group("network")
+    group.add_argument("--channels", type=int,
+        help="channels of the UNet at its first level")
+    group.add_argument("--channel-mult", type=int, nargs="+",
+        help="multiple of --channels at each level; each level has half the width of the last")
+    group.add_argument("--num-res-blocks", type=int,
+        help="residual blocks at each level")
+    group.add_argument("--attention-resolutions", type=int, nargs="*",
+        help="widths in pixels at which there is attention")
+    group.add_argument("--head-channels", type=int,
+        help="channels of each attention head")
+    group.add_argument("--dropout", type=float,
+        help="share of the activations that dropout zeroes in training")
+    group.add_argument("--init",
+        help="weights to start from: checkpoint.pt of another run, or adm:FILE of torchcfm")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--batch", type=int,
+        help="images in a step, on all ranks together")
+    group.add_argument("--steps", type=int,
+        help="optimizer steps, with those of the checkpoint")
+    group.add_argument("--lr", type=float,
+        help="highest learning rate of Adam")
+    group.add_argument("--warmup", type=int,
+        help="steps in which the learning rate rises to --lr")
+    group.add_argument("--decay", choices=["none", "linear", "cosine"],
+        help="how the learning rate falls to 1e-8 after --warmup, until --steps")
+    group.add_argument("--clip", type=float,
+        help="largest norm of the gradient; inf does not clip")
+    group.add_argument("--ema", type=float,
+        help="decay of the averaged weights at each step; 0 does not average")
+    group.add_argument("--precision", choices=["fp32", "bf16"], default="fp32",
+        help="bf16 trains under autocast, fp32 with TF32 where the GPU has it")
+    group.add_argument("--compile", action=boolean, default=False,
+        help="train with torch.compile; without effect on --sample and --bpd")
+    group.add_argument("--log-every", type=int, default=100,
+        help="steps from one line of progress to the next")
+    group.add_argument("--save-every", type=int, default=1000,
+        help="steps from one checkpoint to the next")
+    group.add_argument("--picture-every", type=int,
+        help="steps from one picture of samples, by 10 midpoint steps, to the next")
+
+    group = parser.add_argument_group("sampling and evaluation")
+    group.add_argument("--method", choices=fm.METHODS, default="dopri5",
+        help="ODE solver of --sample and --bpd")
+    group.add_argument("--tol", type=float, default=1e-5,
+        help="relative and absolute tolerance of dopri5; the other methods ignore it")
+    group.add_argument("--solver-steps", type=int,
+        help="steps of euler (1 network call in each), midpoint (2) or rk4 (4); not for dopri5")
+    group.add_argument("--guidance", type=float, default=1.0,
+        help="w in v_none + w (v_label - v_none), which costs two network calls; 1 is no guidance")
+    group.add_argument("--K", type=int, default=1,
+        help="draws of the dequantisation noise of each image, Eq. (47)")
+    group.add_argument("--probes", type=int, default=1,
+        help="Hutchinson probes of each image, Eq. (34); 0 computes the exact trace, which costs "
+             "as many products as an image has values")
+    group.add_argument("--eval-batch", type=int, default=64,
+        help="images at a time, on each rank")
+    # fmt: on
+
+    parser.set_defaults(**MODERN)
     args = parser.parse_args(argv)
-    file = Path(args.out, "checkpoint.pt")
-    if not file.exists():
-        return parser.parse_args(RECIPES[args.recipe].split() + argv), None
-    checkpoint = torch.load(file, "cpu", weights_only=True)
-    stored = checkpoint["config"]
-    fixed = [name for name in DEFAULTS if name not in PROGRAM | EVALUATION | FREE]
-    if args.sample or args.bpd:
-        stored = {name: value for name, value in stored.items() if name not in EVALUATION}
-        fixed.remove("seed")
-    elif stored["decay"] == "none":
-        fixed.remove("steps")
-    parser.set_defaults(**stored)
+    checkpoint = read_checkpoint(args.out)
+    if checkpoint is None:
+        parser.set_defaults(**RECIPES[args.recipe])
+        return parser.parse_args(argv), None
+    parser.set_defaults(**checkpoint["args"])
     args = parser.parse_args(argv)
-    for name in fixed:
-        if getattr(args, name) != stored[name]:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} is {stored[name]} in {args.out}: leave it out")
+    recipe = checkpoint["args"]["recipe"]
+    if args.recipe != recipe:
+        parser.error(f"--recipe is for new runs, and {args.out} was begun with {recipe}")
     return args, checkpoint
 
 
 # ---- Training ----
-def train(args, checkpoint):
-    check_settings(args)
-    images = load_images(args, "data")
-    held_out = load_images(args, "test")
-    net = build(args, checkpoint, "net")
-    average = build(args, checkpoint, "average").eval().requires_grad_(False)
-    optimizer = torch.optim.Adam(net.parameters(), fused=True)
-    first = checkpoint["step"] if checkpoint else 0
-    if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+def train(args, checkpoint, device):
+    """Trains from the checkpoint, or from new weights, until step --steps."""
+    images, held_out, classes = load_data(args, checkpoint)
+    check_settings(args, checkpoint, images, classes)
+    net, average, optimizer, first = initial_state(args, checkpoint, classes, device)
+    path = PATHS[args.path]()
+    v = fm.as_velocity(average, path, OBJECTIVES[args.objective]["predict"])
     if args.compile:
         net.compile()
-    model = torch.nn.parallel.DistributedDataParallel(net) if args.world > 1 else net
-    print("  ".join(f"{name}={value}" for name, value in vars(args).items()))
-    print(f"{len(images[0]):,} images, {args.world} ranks, from step {first}", flush=True)
-    caught = []  # Ctrl-C and SIGTERM, for the loop to see after its step
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: caught.append(number))
+    model = DistributedDataParallel(net) if WORLD > 1 else net
+    batches = batch_loader(args, images, first, device)
+    print_settings(args, checkpoint, len(images), first)
+    allow_tf32(True)
+    totals = torch.zeros(2, device=device)  # of loss and gradient norm, since the last log line
+    logged = first
     began = time.perf_counter()
-    recent = []  # loss and gradient norm of the steps since the last report, on the device
-    for step in range(first, args.steps):
-        torch.manual_seed(digest(args.seed, "dropout", step, args.rank))
-        loss = backward(args, model, get_batch(args, images, step))
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf)
-        # Where this is 1 Adam leaves weights and moments alone; the host need not wait to know.
-        optimizer.found_inf = (~norm.isfinite()).float()
+    for step, (pixels, labels) in enumerate(batches, first):
+        # All that is random in a step is a function of seed, step and rank.
+        torch.manual_seed(args.seed + 1000 * (step * WORLD + RANK))
+        pixels = pixels.to(device, non_blocking=True)
+        labels = labels.to(device, non_blocking=True)
+        x1, cond = draw_batch(args, pixels, labels, classes)
+        t = draw_times(args, path, len(x1), device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            loss = cfm_loss(model, path, x1, cond=cond, t=t, **OBJECTIVES[args.objective])
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
         optimizer.param_groups[0]["lr"] = learning_rate(args, step)
         optimizer.step()
         optimizer.zero_grad()
         update_average(average, net, args.ema, step)
-        recent.append(torch.stack([loss, norm]))
+        totals += torch.stack([loss.detach(), norm])
+        # The host waits for a GPU in these three cases alone.
         done = step + 1
-        stop = sum_over_ranks(args, torch.tensor(len(caught))) > 0
-        due = [done % every == 0 for every in (args.save_every, args.preview_every, args.steps)]
-        if any(due) or stop or done % args.log_every == 0:
-            rate = args.batch * (done - first) / (time.perf_counter() - began)
-            report(args, done, recent, rate)
-        if (any(due) or stop) and args.rank == 0:
-            save_checkpoint(args, done, net, average, optimizer)
-        if any(due[1:]) and args.rank == 0:
-            preview(args, velocity(args, average), held_out or images, done)
-        if stop:
-            print(f"stopped and saved at step {done} in {args.out}")
-            return 128 + max(caught, default=0)
-    print(f"done and saved in {args.out}")
+        last = done == args.steps
+        if last or done % args.log_every == 0:
+            loss_sum = look(args, totals, done)
+            print_progress(args, done, loss_sum / (done - logged), done - first, began)
+            totals.zero_()
+            logged = done
+        if last or done % args.save_every == 0:
+            look(args, totals, done)
+            if RANK == 0:
+                save_checkpoint(args, done, classes, net, average, optimizer)
+        if last or done % args.picture_every == 0:
+            look(args, totals, done)
+            if RANK == 0:
+                write_picture(args, v, path, classes, held_out or images, done, device)
+    print(f"done: {args.out} is at step {max(first, args.steps)}")
 
 
-def check_settings(args):
-    """Refuses what would be found out after hours, or train something else."""
-    if args.batch % (args.world * args.accumulate):
-        raise ValueError(f"--batch {args.batch} must be a multiple of ranks x --accumulate")
-    if args.guidance != 1 and not args.conditional:
-        raise ValueError("--guidance needs --conditional")
-    if args.coupling == "ot" and (args.conditional or args.superres > 1):
-        raise ValueError("--coupling ot pairs across labels, of --conditional and --superres")
-    zero = velocity(args, lambda t, x: 0 * x)  # says whether samples can be drawn, and by --solver
-    fm.sample(zero, PATHS[args.path](), (1, 1), **args.solver)
+def check_settings(args, checkpoint, images, classes):
+    """Refuses what would be found out late or never."""
+    if len(images) < args.batch:
+        raise ValueError(f"--data {args.data} has {len(images)} images, fewer than a --batch")
+    if args.batch % WORLD != 0:
+        raise ValueError(f"--batch {args.batch} must be a multiple of the {WORLD} ranks")
+    if args.objective != "velocity" and args.path in ("ot", "cosine"):
+        rule = f"--objective {args.objective} tells no velocity at t = 0 of --path {args.path}"
+        raise ValueError(f"{rule}, where sampling starts: use --path vp")
+    if checkpoint is not None:
+        check_network(args, checkpoint, classes)
 
 
-def backward(args, model, batch):
-    """Leaves the gradient of the mean loss in the weights, piece by piece; returns the loss, ()."""
-    allow_tf32(True)
-    total = 0
-    for piece in range(args.accumulate):
-        part = {name: x[piece :: args.accumulate] for name, x in batch.items()}
-        with torch.autocast(args.device.type, torch.bfloat16, args.precision == "bf16"):
-            loss = cfm_loss(model, PATHS[args.path](), **OBJECTIVES[args.objective], **part)
-        (loss / args.accumulate).backward()
-        total += loss.detach()
-    return total / args.accumulate
+def check_network(args, checkpoint, classes):
+    """Refuses another network, path or objective than the checkpoint's."""
+    wanted = network_config(args, classes)
+    wanted["path"] = args.path
+    wanted["objective"] = args.objective
+    stored = dict(checkpoint["network"])
+    stored["path"] = checkpoint["args"]["path"]
+    stored["objective"] = checkpoint["args"]["objective"]
+    for name, value in wanted.items():
+        if value != stored[name]:
+            rule = f"{args.out} was trained with {name} {stored[name]}, not {value}"
+            raise ValueError(f"{rule}: begin another --out, with --init {args.out}/checkpoint.pt")
 
 
-def get_batch(args, images, step):
-    """This rank's share of a step's batch, a function of seed and step, as keywords of cfm_loss."""
-    B = args.batch
-    epoch, i = divmod(step, len(images[0]) // B)
-    order = torch.randperm(len(images[0]), generator=seeded("cpu", args.seed, "epoch", epoch))
-    pixels, labels = fetch(args, images, order[i * B : (i + 1) * B])
-    where = {"device": args.device, "generator": seeded(args.device, args.seed, "step", step)}
+def print_settings(args, checkpoint, count, first):
+    """The first lines of a training: the settings, and those that are not the checkpoint's."""
+    print("  ".join(f"{name}={value}" for name, value in vars(args).items()))
+    if checkpoint is not None:
+        for name, value in checkpoint["args"].items():
+            now = getattr(args, name)
+            if now != value:
+                print(f"changed since the checkpoint: {name} was {value} and is {now}")
+    print(f"{count:,} images, {WORLD} ranks, from step {first}", flush=True)
+
+
+def batch_loader(args, images, first, device):
+    """Iterates over pixels and labels of this rank, step by step from `first`."""
+    return DataLoader(
+        images,
+        batch_sampler=step_indices(args, len(images), first),
+        num_workers=args.workers,
+        pin_memory=device.type == "cuda",  # so that the copy to the GPU does not wait
+    )
+
+
+def step_indices(args, count, first):
+    """Yields the indices of this rank's images, step by step from `first`.
+
+    An epoch's order is a function of seed and epoch, a step's batch one of seed and step.
+    """
+    order = None
+    for step in range(first, args.steps):
+        epoch, number = divmod(step, count // args.batch)
+        if order is None or number == 0:
+            order = np.random.default_rng([args.seed, epoch]).permutation(count)
+        batch = order[number * args.batch : (number + 1) * args.batch]
+        yield batch[RANK::WORLD].tolist()
+
+
+def draw_batch(args, pixels, labels, classes):
+    """x1 (B, C, S, S) in [-1, 1) and the conditioning, from uint8 pixels and labels (B,)."""
     if args.flip:
-        mirrored = torch.rand((B, 1, 1, 1), **where) < 0.5
-        pixels = torch.where(mirrored, pixels.flip(2), pixels)
+        mirrored = torch.rand((len(pixels), 1, 1, 1), device=pixels.device) < 0.5
+        pixels = torch.where(mirrored, pixels.flip(3), pixels)
     # Eq. (36): --bpd measures the density that is trained. The paper does not say what it did.
-    x1 = ((pixels + torch.rand(pixels.shape, **where)) / 128 - 1).permute(0, 3, 1, 2)
-    labels = labels.masked_fill(torch.rand(B, **where) < 0.1, len(args.classes))  # v_none's tenth
-    t = PATHS[args.path]().sample_t(B, **where)
-    noise = torch.randn(x1.shape, **where)
-    batch = {"x1": x1, "t": t, "noise": noise, **conditions(args, pixels, labels)}
-    if args.coupling == "ot":
-        batch["x0"] = batch.pop("noise")[ot_coupling(noise, x1)]
-    return {name: x[args.rank :: args.world] for name, x in batch.items()}
+    x1 = (pixels + torch.rand(pixels.shape, device=pixels.device)) / 128 - 1
+    hidden = torch.rand(len(labels), device=labels.device) < 0.1
+    labels = labels.masked_fill(hidden, len(classes))  # the label that means none
+    return x1, conditions(args, pixels, labels)
 
 
 def conditions(args, pixels, labels):
-    """What the network gets beside t and x: labels (B,), the enlarged 8-bit low resolution."""
-    given = {"y": labels} if args.conditional else {}
+    """What the network gets beside t and x: labels (B,), the low resolution (B, C, S, S)."""
+    cond = {}
+    if args.conditional:
+        cond["y"] = labels
     if args.superres > 1:
-        low = F.avg_pool2d(pixels.permute(0, 3, 1, 2).float(), args.superres).round()
+        low = F.avg_pool2d(pixels.float(), args.superres).round()  # as 8 bits would store it
         low = F.interpolate(low, scale_factor=args.superres, mode="bicubic")
-        given["cond"] = (low + 0.5) / 128 - 1
-    return given
+        cond["concat"] = (low + 0.5) / 128 - 1
+    return cond
 
 
-def digest(*key):
-    """A whole number of 64 bits that is a function of the key."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
-
-
-def seeded(device, *key):
-    return torch.Generator(device).manual_seed(digest(*key))
+def draw_times(args, path, count, device):
+    """Training times (B,): 1 - (1 - u)^P of path.t_span, u uniform in [0, 1)."""
+    start, end = path.t_span
+    u = (path.sample_t(count, device) - start) / (end - start)
+    return start + (end - start) * (1 - (1 - u) ** args.late_times)
 
 
 def learning_rate(args, step):
     """Linear from 1e-8 to --lr, App. E, then constant or down to 1e-8 at the last step."""
-    rise = min(1, (step + 1) / max(1, args.warmup))
-    left = min(1, (args.steps - 1 - step) / max(1, args.steps - max(1, args.warmup)))
-    fall = {"none": 1, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}
-    return 1e-8 + (args.lr - 1e-8) * min(rise, fall[args.decay])
+    warmup = max(1, args.warmup)
+    rise = min(1, (step + 1) / warmup)
+    left = min(1, (args.steps - 1 - step) / max(1, args.steps - warmup))
+    fall = 1
+    if args.decay == "linear":
+        fall = left
+    if args.decay == "cosine":
+        fall = (1 - math.cos(math.pi * left)) / 2
+    return 1e-8 + (args.lr - 1e-8) * min(rise, fall)
 
 
 def update_average(average, net, decay, step):
     """Moves the averaged weights towards net's: far at first, by 1 - decay in the end."""
-    move = torch.optim.swa_utils.get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
-    move(list(average.parameters()), list(net.parameters()), None)
+    decay = min(decay, (1 + step) / (10 + step))
+    update = get_ema_multi_avg_fn(decay)
+    update(list(average.parameters()), list(net.parameters()), None)
 
 
-def report(args, step, recent, rate):
-    """Prints means of the recent steps, or ends the program where one was not finite."""
-    means = (sum_over_ranks(args, torch.stack(recent)) / args.world).cpu()  # the only wait
-    for i, (loss, norm) in enumerate(means.tolist(), step - len(recent)):
-        if not math.isfinite(loss + norm):
-            what = f"step {i}: loss {loss}, gradient norm {norm}, not taken"
-            raise ValueError(f"{what}. Lower --lr, with --init of the checkpoint in {args.out}")
-    loss, norm = means.mean(0).tolist()
-    line = f"step {step}  loss {loss:.6g}  grad_norm {norm:.6g}"
-    print(f"{line}  lr {learning_rate(args, step - 1):.6g}  images/s {rate:.4g}", flush=True)
-    recent.clear()
+def look(args, totals, step):
+    """The sum of the losses since the last log line, a mean over ranks; it waits for a GPU.
+
+    ValueError if a loss or a gradient norm was not finite: then no checkpoint is replaced.
+    """
+    totals = totals / WORLD
+    if WORLD > 1:
+        dist.all_reduce(totals)
+    loss, norm = totals.tolist()
+    if not math.isfinite(loss + norm):
+        what = f"loss or gradient norm is not finite at step {step} or shortly before"
+        raise ValueError(f"{what}: lower --lr; a checkpoint in {args.out} is older than that")
+    return loss
+
+
+def print_progress(args, step, loss, steps_done, began):
+    seconds = (time.perf_counter() - began) / steps_done
+    left = timedelta(seconds=round(seconds * (args.steps - step)))
+    speed = args.batch / seconds
+    line = f"step {step}  loss {loss:.6g}  images/s {speed:.4g}  time left {left}"
+    print(line, flush=True)
 
 
 def allow_tf32(allowed):
     """For training: likelihoods, and dopri5 at tight tolerances, would see its rounding."""
     torch.set_float32_matmul_precision("high" if allowed else "highest")
-    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cudnn.benchmark = allowed
 
 
 # ---- Network and checkpoint ----
-def build(args, checkpoint, weights):
-    """The checkpoint's network with its weights "net" or "average", else a new one."""
-    if checkpoint:
-        net = UNet(**checkpoint["network"])
-        net.load_state_dict(checkpoint[weights])
-        return net.to(args.device)
-    names = "channels channel_mult num_res_blocks attention_resolutions head_channels dropout"
-    config = {name: getattr(args, name) for name in names.split()} | {"image_size": args.size}
-    config |= {"num_classes": len(args.classes) or None, "cond_channels": 3 * (args.superres > 1)}
+def image_channels(args):
+    return 1 if args.grey else 3
+
+
+def network_config(args, classes):
+    """The keywords of UNet that the settings ask for."""
+    channels = image_channels(args)
+    return {
+        "image_size": args.size,
+        "in_channels": channels,
+        "out_channels": channels,
+        "channels": args.channels,
+        "channel_mult": args.channel_mult,
+        "num_res_blocks": args.num_res_blocks,
+        "attention_resolutions": args.attention_resolutions,
+        "head_channels": args.head_channels,
+        "dropout": args.dropout,
+        "num_classes": len(classes) or None,
+        "concat_channels": channels if args.superres > 1 else 0,
+    }
+
+
+def new_network(args, classes, device):
+    """A UNet with new weights, or with those of --init."""
+    config = network_config(args, classes)
     torch.manual_seed(args.seed)
-    if not args.init:
+    if args.init is None:
         net = UNet(**config)
     elif args.init.startswith("adm:"):
-        net = UNet.from_adm(torch.load(args.init[4:], "cpu", weights_only=True), **config)
+        theirs = torch.load(args.init.removeprefix("adm:"), "cpu", weights_only=True)
+        net = UNet.from_adm(theirs, **config)
     else:
-        source = torch.load(args.init, "cpu", weights_only=True)
-        net = UNet(**config, time_scale=source["network"]["time_scale"])
-        net.load_state_dict(source["average"])
-    return net.to(args.device)
+        other = torch.load(args.init, "cpu", weights_only=True)
+        net = UNet(**config, time_scale=other["network"]["time_scale"])
+        net.load_state_dict(other["average"])
+    return net.to(device)
 
 
-def velocity(args, net):
-    """The field of a network trained for --objective."""
-    return fm.as_velocity(net, PATHS[args.path](), OBJECTIVES[args.objective]["predict"])
+def stored_network(checkpoint, weights, device):
+    """The checkpoint's UNet with its weights "net" or "average"."""
+    net = UNet(**checkpoint["network"])
+    net.load_state_dict(checkpoint[weights])
+    return net.to(device)
+
+
+def initial_state(args, checkpoint, classes, device):
+    """Network, its average, optimizer, and the number of steps that were taken."""
+    if checkpoint is None:
+        net = new_network(args, classes, device)
+        average = copy.deepcopy(net)
+        first = 0
+    else:
+        net = stored_network(checkpoint, "net", device)
+        average = stored_network(checkpoint, "average", device)
+        first = checkpoint["step"]
+    optimizer = torch.optim.Adam(net.parameters(), fused=True)
+    if checkpoint is not None:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    return net, average.eval().requires_grad_(False), optimizer, first
+
+
+def save_checkpoint(args, step, classes, net, average, optimizer):
+    """Replaces checkpoint.pt at once: whoever kills this finds the old one or the new one."""
+    settings = dict(vars(args))
+    del settings["out"], settings["device"]  # of this machine
+    state = {
+        "step": step,
+        "args": settings,
+        "classes": classes,
+        "network": net.config,
+        "net": net.state_dict(),
+        "average": average.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    part = Path(args.out, "checkpoint.pt.part")
+    with open(part, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, Path(args.out, "checkpoint.pt"))
+
+
+def read_checkpoint(out):
+    """The checkpoint of a run, on the CPU, or None."""
+    file = Path(out, "checkpoint.pt")
+    if not file.exists():
+        return None
+    return torch.load(file, "cpu", weights_only=True)
 
 
 def load(out, device="cpu"):
-    """v, path: the averaged field of a run, on pixels / 128 - 1, in eval mode, v.model its UNet."""
-    checkpoint = torch.load(Path(out, "checkpoint.pt"), "cpu", weights_only=True)
-    args = argparse.Namespace(**checkpoint["config"], device=device)
-    net = build(args, checkpoint, "average").eval().requires_grad_(False)
-    return velocity(args, net), PATHS[args.path]()
+    """v, path, net of a run: the field of its averaged weights, and their UNet in eval mode.
 
-
-@contextlib.contextmanager
-def replacing(file):
-    """A file to write, which takes the place of `file` once it is complete and on disk."""
-    with open(f"{file}.part", "wb") as part:
-        yield part
-        part.flush()
-        os.fsync(part.fileno())
-    os.replace(part.name, file)
-
-
-def save_checkpoint(args, step, net, average, optimizer):
-    """Rate, data order and random numbers are functions of the settings and the step."""
-    config = {name: getattr(args, name) for name in (*DEFAULTS, "classes") if name not in PROGRAM}
-    state = {"step": step, "config": config, "network": net.config, "net": net.state_dict()}
-    state |= {"average": average.state_dict(), "optimizer": optimizer.state_dict()}
-    with replacing(Path(args.out, "checkpoint.pt")) as file:
-        torch.save(state, file)
+    The field is on pixels / 128 - 1, and takes cond of the run: y, concat or none.
+    FileNotFoundError if there is no checkpoint.
+    """
+    checkpoint = read_checkpoint(out)
+    if checkpoint is None:
+        raise FileNotFoundError(f"{out} has no checkpoint.pt: train first")
+    settings = checkpoint["args"]
+    path = PATHS[settings["path"]]()
+    net = stored_network(checkpoint, "average", device).eval().requires_grad_(False)
+    v = fm.as_velocity(net, path, OBJECTIVES[settings["objective"]]["predict"])
+    return v, path, net
 
 
 # ---- Data ----
-def load_images(args, split):
-    """Pixels (N, S, S, 3) uint8 and labels (N,) of "data" or "test", which may be None."""
-    source = getattr(args, split)
-    if source == "cifar10" or args.data == "cifar10" and not source:
-        return load_cifar10(args, split)
-    if not source:
+def load_data(args, checkpoint):
+    """Training images, held-out images or None, and the names of the classes, [] without labels."""
+    classes = [] if checkpoint is None else checkpoint["classes"]
+    images = load_images(args, args.data, classes, train=True)
+    classes = images.classes if args.conditional else []
+    return images, load_test(args, classes), classes
+
+
+def load_test(args, classes):
+    """The held-out images, or None."""
+    source = args.test
+    if source is None and args.data == "cifar10":
+        source = "cifar10"
+    if source is None:
         return None
-    if args.conditional and not args.classes:
-        args.classes = find_classes(source)[0]
-    classes = {name: i for i, name in enumerate(args.classes or [""])}
-    files = make_dataset(os.path.realpath(source), classes, IMG_EXTENSIONS, allow_empty=True)
-    if len(files) < (args.batch if split == "data" else 1):
-        raise ValueError(f"--{split} {source} has {len(files)} images, less than a --batch")
-    names, labels = zip(*files)
-    key = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in names]
-    cache = Path(args.out, f"{split}-{digest(args.size, key):x}.uint8")  # all ranks map it
-    if args.rank == 0 and not cache.exists():
-        print(f"reading {len(names)} images", flush=True)
-        with replacing(cache) as file, ThreadPoolExecutor() as pool:
-            file.writelines(pool.map(read_square, names, [args.size] * len(names)))
-    sum_over_ranks(args, torch.zeros(()))  # the others wait
-    shape = (len(names), args.size, args.size, 3)
-    pixels = torch.from_file(str(cache), size=math.prod(shape), dtype=torch.uint8)
-    return pixels.view(shape), torch.tensor(labels)
+    return load_images(args, source, classes, train=False)
 
 
-def load_cifar10(args, split):
-    if args.size != 32:
-        raise ValueError(f"--size {args.size} is not CIFAR-10's 32: give --{split} FOLDER")
-    try:
-        if args.rank == 0:
-            CIFAR10("data", download=True)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{error}: put cifar-10-python.tar.gz into ./data") from None
-    sum_over_ranks(args, torch.zeros(()))  # the others wait
-    cifar = CIFAR10("data", train=split == "data")
-    if args.conditional:
-        args.classes = cifar.classes
-    return torch.from_numpy(cifar.data), torch.tensor(cifar.targets)
+def load_images(args, source, classes, train):
+    """A Dataset of pixels (C, S, S) uint8 and labels: CIFAR-10 or a folder.
+
+    classes: the names that number the labels; [] takes those of the source.
+    """
+    to_pixels = partial(read_pixels, size=args.size, grey=args.grey)
+    if source != "cifar10":
+        return PictureFolder(source, to_pixels, args.conditional, classes)
+    if RANK == 0:
+        CIFAR10("data", download=True)
+    barrier()  # the other ranks wait for the download
+    images = CIFAR10("data", train=train, transform=to_pixels)
+    if args.conditional and classes and classes != images.classes:
+        raise ValueError(f"the classes of CIFAR-10 are not those of training, {classes}")
+    return images
 
 
-def read_square(file, size):
-    """The central square of an image on white, box-averaged to size x size RGB bytes."""
-    try:
-        with Image.open(file) as image:
-            image = ImageOps.exif_transpose(image).convert("RGBA")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as an image: {error}") from None
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return ImageOps.fit(image, (size, size), Image.Resampling.BOX).tobytes()
+class PictureFolder(Dataset):
+    """The pictures below a folder; with labels the first folder below it names the class."""
+
+    def __init__(self, folder, to_pixels, conditional, classes):
+        self.to_pixels = to_pixels
+        self.files, names = find_pictures(folder, conditional)
+        if len(self.files) == 0:
+            raise ValueError(f"{folder} holds no picture that could be read")
+        self.classes = []
+        self.labels = [0] * len(self.files)
+        if conditional:
+            found = sorted(set(names))
+            self.classes = classes or found
+            unknown = set(found) - set(self.classes)
+            if unknown:
+                raise ValueError(f"{folder} has classes that training had not: {sorted(unknown)}")
+            self.labels = [self.classes.index(name) for name in names]
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        file = self.files[index]
+        try:
+            with Image.open(file) as image:
+                pixels = self.to_pixels(image)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{file} cannot be read as a picture: {error}") from None
+        return pixels, self.labels[index]
 
 
-def fetch(args, images, index):
-    """Pixels (B, S, S, 3) and labels (B,) at index, on the device without a wait for it."""
-    cuda = args.device.type == "cuda"
-    picked = [x[index].pin_memory() if cuda else x[index] for x in images]
-    return [x.to(args.device, non_blocking=cuda) for x in picked]
+def find_pictures(folder, conditional):
+    """Files of the pictures below a folder and, for each, the name of the first folder below it.
+
+    Prints how many files were left out, and why. FileNotFoundError without the folder.
+    """
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"there is no folder {folder}")
+    files = []
+    names = []
+    left_out = Counter()
+    for root, folders, contents in os.walk(folder, followlinks=True):
+        visible = [name for name in folders if not is_hidden(name)]
+        left_out["hidden (. or __)"] += len(folders) - len(visible)
+        folders[:] = sorted(visible)  # os.walk goes on to these
+        first_folder = os.path.relpath(root, folder).split(os.sep)[0]
+        for name in sorted(contents):
+            suffix = os.path.splitext(name)[1].lower()
+            if is_hidden(name):
+                left_out["hidden (. or __)"] += 1
+            elif suffix not in IMG_EXTENSIONS:
+                left_out[f"with suffix {suffix or 'none'}"] += 1
+            elif conditional and root == folder:
+                left_out["beside the class folders"] += 1
+            else:
+                files.append(os.path.join(root, name))
+                names.append(first_folder)
+    left_out = [f"{count} {why}" for why, count in left_out.items() if count > 0]
+    if left_out:
+        print(f"left out of {folder}: {', '.join(left_out)}", flush=True)
+    return files, names
+
+
+def is_hidden(name):
+    """Whether a name is that of a program's own file, as .ipynb_checkpoints and __MACOSX are."""
+    return name.startswith((".", "__"))
+
+
+def read_pixels(image, size, grey):
+    """The central square of a PIL image on white, averaged to (C, size, size) uint8."""
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels have 32 bits (mode {image.mode}); save it with 8 or 16 bits")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        eight_bits = np.round(np.asarray(image) / 257)  # 65535 / 257 = 255
+        image = Image.fromarray(eight_bits.astype(np.uint8))
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    image = Image.alpha_composite(white, image).convert("L" if grey else "RGB")
+    image = ImageOps.fit(image, (size, size), Image.Resampling.BOX)
+    return pil_to_tensor(image)
+
+
+def fetch(images, indices, device):
+    """Pixels (B, C, S, S) uint8 and labels (B,) of the images with these indices."""
+    pixels, labels = default_collate([images[index] for index in indices])
+    return pixels.to(device), labels.to(device)
 
 
 # ---- Sampling and evaluation ----
 @torch.no_grad()
-def generate(args, v, images, numbers, labels):
-    """Samples (B, S, S, 3) uint8, if --superres between low resolution and truth, and NFE (B,)."""
-    allow_tf32(False)
-    path = PATHS[args.path]()
-    size = (3, args.size, args.size)
-    sources = [seeded(args.device, args.seed, "sample", n) for n in numbers.tolist()]
-    x0 = torch.stack([path.sample_source(size, args.device, generator=g) for g in sources])
-    truth = fetch(args, images, numbers % len(images[0]))[0] if args.superres > 1 else None
-    given = conditions(args, truth, labels.to(args.device))
-    field = v if args.guidance == 1 else fm.classifier_free_guidance(v, args.guidance)
-    solution = odeint(field, x0, path.t_span, **args.solver, **given)
-    pixels = to_pixels(solution.x)
+def generate(args, v, path, numbers, labels, truth, solver):
+    """Samples (B, C, S, S) uint8 of these numbers, functions of seed and number, and NFE (B,).
+
+    labels: (B,), on the device. truth: with --superres the images at full resolution, uint8; the
+    samples are then (B, C, S, 3 S), low resolution, sample and truth side by side.
+    """
+    noise = []
+    for number in numbers:
+        generator = torch.Generator(labels.device).manual_seed(args.seed + 1000 * number)
+        shape = (1, image_channels(args), args.size, args.size)
+        noise.append(path.sample_source(shape, labels.device, generator=generator))
+    cond = conditions(args, truth, labels)
+    field = v
+    if args.guidance != 1:
+        field = fm.classifier_free_guidance(v, args.guidance)
+    solution = odeint(field, torch.cat(noise), path.t_span, cond=cond, **solver)
+    pixels = to_bytes(solution.x)
     if args.superres > 1:
-        pixels = torch.cat([to_pixels(given["cond"]), pixels, truth.cpu()], 2)
-    return pixels, solution.nfe
+        pixels = torch.cat([to_bytes(cond["concat"]), pixels, truth], 3)
+    return pixels.cpu(), solution.nfe
 
 
-def to_pixels(x):
-    """(B, 3, S, S) -> (B, S, S, 3) uint8: floor(128 (x + 1)), which inverts Eq. (36)."""
-    return ((x.permute(0, 2, 3, 1) + 1) * 128).clamp(0, 255).to(torch.uint8).cpu()
+def to_bytes(x):
+    """floor(128 (x + 1)) as uint8, which inverts Eq. (36)."""
+    return ((x + 1) * 128).clamp(0, 255).to(torch.uint8)
 
 
-def preview(args, v, images, step):
-    """samples/step_N.png: eight samples a row, a row a class."""
-    numbers = torch.arange(8 * min(10, len(args.classes) or 8))
-    pixels, _ = generate(args, v, images, numbers, numbers // 8)
-    save_image(pixels.permute(0, 3, 1, 2) / 255, f"{args.out}/samples/step_{step}.png", nrow=8)
+def write_picture(args, v, path, classes, images, step, device):
+    """samples/step_N.png: eight samples a row, a row for each of at most ten classes."""
+    rows = min(10, len(classes) or 8)
+    numbers = range(8 * rows)
+    labels = torch.arange(8 * rows, device=device) // 8
+    truth = None
+    if args.superres > 1:
+        truth, _ = fetch(images, [number % len(images) for number in numbers], device)
+    solver = {"method": "midpoint", "steps": 10}
+    pixels, _ = generate(args, v, path, numbers, labels, truth, solver)
+    save_image(pixels / 255, Path(args.out, "samples", f"step_{step}.png"), nrow=8)
 
 
-def evaluate(args, checkpoint):
+def evaluate(args, checkpoint, device):
     """--sample and --bpd with the averaged weights of the checkpoint, or with those of --init."""
-    if not (checkpoint or args.init):
-        raise ValueError(f"{args.out} has no checkpoint.pt: train first or give --init")
-    images = load_images(args, "test")
-    if images is None and (args.bpd or args.superres > 1):
-        raise ValueError("--test FOLDER must give the held-out images for this")
-    v = velocity(args, build(args, checkpoint, "average").eval().requires_grad_(False))
-    source = f"step{checkpoint['step']}" if checkpoint else f"init_{digest(args.init):x}"
-    if args.sample:
-        write_samples(args, v, images, source)
-    if args.bpd:
-        print_bpd(args, v, images, source)
-
-
-def write_samples(args, v, images, source):
-    """PNG files of samples 0 to N - 1."""
-    how = "_".join(str(value) for value in args.solver.values())
-    folder = Path(args.out, "samples", f"{source}_{how}_guidance{args.guidance:g}_seed{args.seed}")
-    folder.mkdir(exist_ok=True)
-    for numbers in torch.arange(args.sample).split(args.eval_batch)[args.rank :: args.world]:
-        pixels, nfe = generate(args, v, images, numbers, numbers % max(1, len(args.classes)))
-        for n, picture in zip(numbers.tolist(), pixels):
-            Image.fromarray(picture.numpy()).save(folder / f"{n:06d}.png")
-        print(f"{n + 1} of {args.sample} in {folder}, NFE {nfe.float().mean():.1f}", flush=True)
-
-
-def print_bpd(args, v, images, source):
-    """Prints the mean bits per dimension of N held-out images, evenly from all of them."""
     allow_tf32(False)
-    N = min(args.bpd, len(images[0]))
-    totals = torch.zeros(2, N)  # bits per dimension and calls
-    how = {"divergence": "exact", **args.solver}
-    if args.probes:
-        how |= {"divergence": "hutchinson", "probes": args.probes}
-    for index in torch.arange(N).split(args.eval_batch)[args.rank :: args.world]:
-        pixels, labels = fetch(args, images, index * len(images[0]) // N)  # folders go by class
-        torch.manual_seed(digest(args.seed, "bpd", index[0].item()))
-        given = conditions(args, pixels, labels)
-        x = pixels.permute(0, 3, 1, 2)
-        result = bits_per_dim(v, x, PATHS[args.path](), args.K, **how, **given)
-        totals[:, index] = torch.stack([result.bpd, result.nfe / args.K]).cpu()
-    bpd, nfe = sum_over_ranks(args, totals)
-    print(f"{bpd.mean():.4f} +- {bpd.std() / N**0.5:.4f} bits per dimension, mean and error")
-    print(f"of {N} held-out images by {source}, K = {args.K}, NFE {nfe.mean():.1f}, {how}")
-    if args.K > 1 and args.probes:
+    if checkpoint is not None:
+        classes = checkpoint["classes"]
+        check_network(args, checkpoint, classes)
+        v, path, _ = load(args.out, device)
+        source = f"step_{checkpoint['step']}"
+    elif args.init is not None:
+        classes = []
+        if args.conditional:
+            _, _, classes = load_data(args, None)
+        path = PATHS[args.path]()
+        net = new_network(args, classes, device).eval().requires_grad_(False)
+        v = fm.as_velocity(net, path, OBJECTIVES[args.objective]["predict"])
+        source = "init"
+    else:
+        raise ValueError(f"{args.out} has no checkpoint.pt: train first, or give --init")
+    held_out = None
+    if args.bpd > 0 or args.superres > 1:
+        held_out = load_test(args, classes)
+        if held_out is None:
+            raise ValueError("--bpd and --superres need held-out images: give --test FOLDER")
+    if args.sample > 0:
+        write_samples(args, v, path, classes, held_out, source, device)
+    if args.bpd > 0:
+        print_bpd(args, v, path, held_out, source, device)
+
+
+def solver_keywords(args):
+    """What the settings say, as keywords of odeint."""
+    return {"method": args.method, "steps": args.solver_steps, "rtol": args.tol, "atol": args.tol}
+
+
+def solver_name(args):
+    """The method, with its tolerance or its number of steps."""
+    return f"{args.method}_{args.solver_steps or args.tol:g}"
+
+
+def write_samples(args, v, path, classes, images, source, device):
+    """Writes the samples 0 to N - 1 as PNG files."""
+    name = f"{source}_{solver_name(args)}_guidance_{args.guidance:g}_seed_{args.seed}"
+    folder = Path(args.out, "samples", name)
+    folder.mkdir(parents=True, exist_ok=True)
+    for numbers in batches_of_rank(range(args.sample), args.eval_batch):
+        labels = torch.tensor(numbers, device=device) % max(1, len(classes))
+        truth = None
+        if args.superres > 1:
+            truth, _ = fetch(images, [number % len(images) for number in numbers], device)
+        pixels, nfe = generate(args, v, path, numbers, labels, truth, solver_keywords(args))
+        for number, picture in zip(numbers, pixels):
+            to_pil_image(picture).save(folder / f"{number:06d}.png")
+        done = f"{numbers[-1] + 1} of {args.sample} in {folder}"
+        print(f"{done}, NFE {nfe.float().mean():.1f}", flush=True)
+
+
+def print_bpd(args, v, path, images, source, device):
+    """Prints the mean bits per dimension of N held-out images, evenly from all of them."""
+    count = min(args.bpd, len(images))
+    chosen = [number * len(images) // count for number in range(count)]  # folders go by class
+    how = solver_keywords(args)
+    how["divergence"] = "exact"
+    if args.probes > 0:
+        how["divergence"] = "hutchinson"
+        how["probes"] = args.probes
+    results = torch.zeros(2, count, device=device)  # bits per dimension and network calls
+    for numbers in batches_of_rank(range(count), args.eval_batch):
+        torch.manual_seed(args.seed + 1000 * numbers[0])
+        pixels, labels = fetch(images, [chosen[number] for number in numbers], device)
+        cond = conditions(args, pixels, labels)
+        result = bits_per_dim(v, path, pixels, K=args.K, cond=cond, **how)
+        results[0, numbers] = result.bpd
+        results[1, numbers] = result.nfe / args.K
+    if WORLD > 1:
+        dist.all_reduce(results)
+    bpd, nfe = results.cpu()
+    error = bpd.std() / math.sqrt(count)
+    print(f"{bpd.mean():.4f} +- {error:.4f} bits per dimension, mean and standard error")
+    print(f"of {count} held-out images at {source}, NFE {nfe.mean():.1f} by {solver_name(args)}")
+    print(f"K = {args.K} draws of noise, {how['divergence']} divergence, {args.probes} probes")
+    if args.K > 1 and args.probes > 0:
         print("biased low: K > 1 averages exponentials of Hutchinson's estimates")
+    if args.method != "dopri5":
+        print("caution: bits from few fixed steps may be far too low or too high; use dopri5")
+
+
+def batches_of_rank(numbers, size):
+    """This rank's share of the numbers, in lists of at most that size."""
+    numbers = list(numbers)
+    batches = [numbers[i : i + size] for i in range(0, len(numbers), size)]
+    return batches[RANK::WORLD]
 
 
 # ---- The program, on each rank ----
-def sum_over_ranks(args, x):
-    if args.world > 1:
-        torch.distributed.all_reduce(x)
-    return x
+def barrier():
+    """Waits until all ranks are here."""
+    if WORLD > 1:
+        dist.barrier()
 
 
-def main(argv):
+def start_device(args):
+    """The device of this rank, which joins the others."""
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError("there are fewer GPUs than ranks: lower --nproc_per_node")
+        torch.cuda.set_device(local_rank)
+    if WORLD > 1:
+        backend = "nccl" if name == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may download, draw
+    return torch.device(name)
+
+
+def main(argv=None):
+    args, checkpoint = parse_args(argv)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
     try:
-        args, checkpoint = resolve_args(argv)
-        if args.rank:
-            sys.stdout = open(os.devnull, "w")
-        args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if args.device.type == "cuda":
-            local_rank = int(os.environ.get("LOCAL_RANK", 0))
-            if local_rank >= torch.cuda.device_count():
-                raise ValueError("there are fewer GPUs than ranks: lower --nproc_per_node")
-            torch.cuda.set_device(local_rank)
-        if args.world > 1:  # gloo carries what concerns the host, without a wait for the GPU
-            backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
-            torch.distributed.init_process_group(backend, timeout=timedelta(hours=12))
+        device = start_device(args)
         Path(args.out, "samples").mkdir(parents=True, exist_ok=True)
-        run = evaluate if args.sample or args.bpd else train
-        code = run(args, checkpoint) or 0
-    except torch.cuda.OutOfMemoryError as error:
-        sys.exit(f"{error} Raise --accumulate, or lower --batch or --eval-batch")
-    except (ValueError, ImportError, FileNotFoundError, fm.SolverError) as error:
-        sys.exit(f"train_cifar.py: error: {error}")
-    if args.world > 1:
-        sum_over_ranks(args, torch.zeros(()))  # nobody leaves before the others
-        torch.distributed.destroy_process_group()
-    return code
+        if args.sample > 0 or args.bpd > 0:
+            evaluate(args, checkpoint, device)
+        else:
+            train(args, checkpoint, device)
+    except KeyboardInterrupt:
+        checkpoint = read_checkpoint(args.out)
+        step = 0 if checkpoint is None else checkpoint["step"]
+        print(f"stopped; {args.out} is saved at step {step}", flush=True)
+        sys.exit(130)
+    except (ValueError, FileNotFoundError, fm.SolverError) as error:
+        line = (
+            str(error).strip().splitlines()[-1]
+        )  # a worker of DataLoader puts its traceback first
+        sys.exit(f"train_cifar.py: error: {line}")
+    barrier()  # nobody leaves before the others
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()
