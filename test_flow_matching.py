@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -2141,9 +2142,10 @@ def test_train_toy_keeps_the_old_file_when_the_disk_is_full(tmp_path, monkeypatc
 
 # ---- train_cifar.py: helpers ---------------------------------------------------------------------
 
-NET = "--channels 12 --channel-mult 1,1 --head-channels 12 --num-res-blocks 1 --batch 8"
-TINY = f"--size 8 {NET} --attention-resolutions 4 --warmup 2 --lr 1e-3 --solver euler:2"
-TINY += " --steps 1 --log-every 2 --save-every 3 --preview-every 100"
+NET = "--channels 12 --channel-mult 1 1 --head-channels 12 --num-res-blocks 1 --batch 8"
+TINY = f"--size 8 {NET} --attention-resolutions 4 --warmup 2 --lr 1e-3 --workers 0"
+TINY += " --steps 1 --log-every 2 --save-every 3 --picture-every 100"
+EULER = "--method euler --solver-steps 2"
 
 
 def paint(folder, n, start=0):
@@ -2157,19 +2159,20 @@ def paint(folder, n, start=0):
 
 @pytest.fixture
 def cifar(tmp_path, monkeypatch, capsys):
-    """cifar("--steps 3") trains in tmp_path/run; gives exit code or error, and what it printed."""
+    """cifar("--steps 3") trains in tmp_path/run; gives the error, or None, and what it printed."""
     paint(tmp_path / "train", 20)
     paint(tmp_path / "test", 6, start=100)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(signal, "signal", Mock())  # Ctrl-C goes on to end the tests
 
     def cifar(flags="", out="run", new=True):
         given = f"{TINY} --data train " if new else ""
+        error = None
         try:
-            code = train_cifar.main(["--out", out, *(given + flags).split()])
+            train_cifar.main(["--out", out, *(given + flags).split()])
         except SystemExit as end:
-            code = end.code
-        return code, "".join(capsys.readouterr())
+            error = end.code
+        printed = capsys.readouterr()
+        return error, printed.out + printed.err
 
     return cifar
 
@@ -2179,9 +2182,9 @@ def read(folder):
 
 
 def logged(text):
-    """The numbers by name of each line that a training logs."""
-    lines = [line.split() for line in re.findall("^step .*", text, re.M)]
-    return [dict(zip(words[::2], map(float, words[1::2]))) for words in lines]
+    """Step and loss of each line of progress."""
+    lines = re.findall(r"^step (\d+)  loss (\S+)  images/s \S+  time left \S+$", text, re.M)
+    return [(int(step), float(loss)) for step, loss in lines]
 
 
 def assert_same(a, b):
@@ -2190,7 +2193,16 @@ def assert_same(a, b):
     b, others = tree_flatten(b)
     assert names == others
     for x, y in zip(a, b):
-        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+        if isinstance(x, torch.Tensor):
+            assert torch.equal(x, y)
+        else:
+            assert x == y
+
+
+def assert_same_state(run, other):
+    """Weights, average, optimizer and step of two runs are equal bit for bit."""
+    for part in ("step", "network", "net", "average", "optimizer"):
+        assert_same(read(run)[part], read(other)[part])
 
 
 # A fork server that has imported torch once: processes to kill and to pair for the price of a fork.
@@ -2200,26 +2212,22 @@ if "forkserver" in multiprocessing.get_all_start_methods():  # not on Windows
     FORK.set_forkserver_preload(["torch._dynamo", "train_cifar", "pytest"])
 
 
-def child(argv, env, cwd, strike):
-    """Runs the script in a process of its own, which in one call of strike signals itself."""
-    os.environ.update(env)
+def child(argv, rank, world, port, cwd, before):
+    """Runs the script as one of several ranks, in a process of its own."""
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    os.environ["MASTER_PORT"] = str(port)
+    os.environ["RANK"] = str(rank)
+    os.environ["WORLD_SIZE"] = str(world)
+    train_cifar.RANK = rank
+    train_cifar.WORLD = world
     os.chdir(cwd)
-    os.dup2(os.open("text", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-    os.dup2(2, 1)
+    log = os.open("text", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     torch.set_num_threads(1)
-    if strike:
-        module, name, call, number = strike
-        function = getattr(sys.modules[module], name)
-        calls = []
-
-        def struck(*args):
-            calls.append(args)
-            if len(calls) == call:
-                os.kill(os.getpid(), number)
-            return function(*args)
-
-        setattr(sys.modules[module], name, struck)
-    raise SystemExit(train_cifar.main(argv))
+    if before is not None:
+        before()
+    train_cifar.main(argv)
 
 
 @pytest.fixture
@@ -2228,15 +2236,16 @@ def fork(cifar, tmp_path):
     if FORK is None:
         pytest.skip("processes are forked here, which Windows cannot")
 
-    def fork(flags, strike=None, world=1):
+    def fork(flags, before=None, world=1, new=True):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        argv = f"--out run {TINY} --data train {flags}".split()
+            port = free.getsockname()[1]
+        given = f"{TINY} --data train " if new else ""
+        argv = ["--out", "run", *(given + flags).split()]
         processes = []
         for rank in range(world):
-            env |= {"WORLD_SIZE": str(world), "RANK": str(rank)}
-            processes.append(FORK.Process(target=child, args=(argv, {**env}, tmp_path, strike)))
+            arguments = (argv, rank, world, port, tmp_path, before)
+            processes.append(FORK.Process(target=child, args=arguments))
             processes[-1].start()
         for process in processes:
             process.join(60)
@@ -2246,205 +2255,422 @@ def fork(cifar, tmp_path):
     return fork
 
 
-def settings(argv="", **changes):
-    """What resolve_args makes of a command line, on the CPU, without a checkpoint."""
-    args, _ = train_cifar.resolve_args([*argv.split(), "--out", "nowhere"])
-    vars(args).update(device=torch.device("cpu"), **changes)
+def settings(flags=""):
+    """What parse_args makes of a command line without a checkpoint."""
+    args, checkpoint = train_cifar.parse_args(["--out", "nowhere", *flags.split()])
+    assert checkpoint is None
     return args
 
 
 # ---- train_cifar.py: nothing is lost -------------------------------------------------------------
 
 
-def test_resumed_equals_uninterrupted_bit_for_bit(cifar, tmp_path):
-    flags = f"--data {tmp_path}/train --steps 9 "
-    assert cifar(f"{flags} --dropout 0.2 --conditional", out="whole")[0] == 0
-    code, text = cifar("--dropout 0.2 --conditional --steps 5", out="parts")
-    assert code == 0 and [line["step"] for line in logged(text)] == [2, 3, 4, 5]
-    code, text = cifar(flags, out="parts", new=False)  # the checkpoint knows the rest
-    assert code == 0 and "from step 5" in text and "reading" not in text
-    assert_same(read(tmp_path / "whole"), read(tmp_path / "parts"))
+@cases("workers", [0, 1, 2])
+def test_resumed_equals_whole_bit_for_bit_with_any_number_of_workers(cifar, tmp_path, workers):
+    flags = f"--dropout 0.2 --conditional --data {tmp_path}/train"
+    assert cifar(f"{flags} --steps 9", out="whole")[0] is None
+    error, text = cifar(f"{flags} --steps 5 --workers {workers}", out="parts")
+    assert error is None
+    assert [step for step, _ in logged(text)] == [2, 4, 5]
+    error, text = cifar("--steps 9", out="parts", new=False)  # the checkpoint knows the rest
+    assert error is None and "from step 5" in text
+    assert_same_state(tmp_path / "whole", tmp_path / "parts")
 
 
-STRIKES = [  # in which call a signal comes, the exit code, the step of the checkpoint
-    (("train_cifar", "get_batch", 5, signal.SIGTERM), 128 + signal.SIGTERM, 5),
-    (("train_cifar", "get_batch", 5, signal.SIGINT), 128 + signal.SIGINT, 5),
-    (("os", "fsync", 3, getattr(signal, "SIGKILL", 9)), -9, 3),  # folder, step 3, half of step 6
+def kill_in_call(module, name, number):
+    """Lets the process kill itself in a call of a module's function."""
+    module = sys.modules[module]
+    function = getattr(module, name)
+    calls = []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args)
+
+    setattr(module, name, killed)
+
+
+KILLS = [  # a function and the number of its call
+    ("train_cifar", "draw_batch", 5),  # in a step
+    ("os", "fsync", 2),  # in the second save, at step 6
+    ("os", "replace", 2),
 ]
 
 
-@cases("strike, end, step", STRIKES, ids=["SIGTERM", "Ctrl-C", "SIGKILL in a write"])
-def test_stopped_or_killed_nothing_is_lost(cifar, fork, tmp_path, strike, end, step):
-    (code,), text = fork("--steps 7", strike)
-    assert code == end and "Traceback" not in text and read(tmp_path / "run")["step"] == step
-    assert (f"saved at step {step}" in text) == (code > 0)
-    code, text = cifar("--steps 7")
-    assert code == 0 and f"from step {step}" in text and cifar("--steps 7", out="whole")[0] == 0
-    assert_same(read(tmp_path / "whole"), read(tmp_path / "run"))
+@cases("module, name, number", KILLS)
+def test_killed_nothing_is_lost(cifar, fork, tmp_path, module, name, number):
+    codes, text = fork("--steps 7", partial(kill_in_call, module, name, number))
+    assert codes == [-9] and "Traceback" not in text
+    assert read(tmp_path / "run")["step"] == 3
+    error, text = cifar("--steps 7")
+    assert error is None and "from step 3" in text
+    assert cifar("--steps 7", out="whole")[0] is None
+    assert_same_state(tmp_path / "whole", tmp_path / "run")
 
 
-def test_a_file_is_on_disk_before_it_takes_the_place_of_the_old_one(tmp_path, monkeypatch):
-    file = tmp_path / "file"
+def test_a_checkpoint_is_on_disk_before_it_replaces_the_old_one(cifar, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(os, "fsync", lambda fd: seen.append((os.fstat(fd).st_size, file.exists())))
-    with train_cifar.replacing(file) as f:
-        f.write(b"one")
-    assert seen == [(3, False)] and list(tmp_path.iterdir()) == [file]
-    with pytest.raises(KeyboardInterrupt), train_cifar.replacing(file) as f:
-        f.write(b"second")
-        raise KeyboardInterrupt
-    assert file.read_bytes() == b"one"
+    fsync = os.fsync
+    replace = os.replace
+
+    def watched_fsync(descriptor):
+        fsync(descriptor)
+        seen.append(os.fstat(descriptor).st_size)
+
+    def watched_replace(part, file):
+        seen.append(os.path.getsize(part))
+        replace(part, file)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    assert cifar("--steps 3")[0] is None
+    size = (tmp_path / "run" / "checkpoint.pt").stat().st_size
+    assert seen == [size, size]
+    names = {file.name for file in (tmp_path / "run").iterdir()}
+    assert names == {"checkpoint.pt", "samples"}
 
 
-@cases("bad", [0, 4])
-def test_nonfinite_loss_harms_no_weights(cifar, tmp_path, monkeypatch, bad):
-    nets = []
-    update = train_cifar.update_average
+@cases("call, saved", [(2, 0), (5, 3)])
+def test_ctrl_c_names_the_step_of_the_last_checkpoint(cifar, monkeypatch, call, saved):
+    draw_batch = train_cifar.draw_batch
+    calls = []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return draw_batch(*args)
+
+    monkeypatch.setattr(train_cifar, "draw_batch", interrupted)
+    code, text = cifar("--steps 9")
+    assert code == 130
+    assert text.splitlines()[-1] == f"stopped; run is saved at step {saved}"
+
+
+def not_a_number(loss):
+    return loss * math.nan
+
+
+def endless_slope(loss):
+    """The loss itself, with a gradient that is not finite."""
+    return loss + (0 * loss).sqrt()
+
+
+NOT_FINITE = [  # settings, the step that is looked at, the step of the checkpoint
+    ("--log-every 2 --save-every 100", not_a_number, 6, None),
+    ("--log-every 2 --save-every 100", endless_slope, 6, None),
+    ("--log-every 2 --save-every 3", not_a_number, 6, 3),
+    ("--log-every 100 --save-every 3", not_a_number, 6, 3),
+    ("--log-every 100 --save-every 3", endless_slope, 6, 3),
+    ("--log-every 4 --save-every 4 --picture-every 7", not_a_number, 7, 4),
+]
+
+
+@cases("flags, change, step, saved", NOT_FINITE)
+def test_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    cifar, tmp_path, monkeypatch, flags, change, step, saved
+):
+    calls = []
 
     def broken(*args, **kwargs):
-        return cfm_loss(*args, **kwargs) * (math.nan if len(nets) >= bad else 1)
-
-    def watch(average, net, *args):
-        nets.append([p.clone() for p in net.parameters()])
-        update(average, net, *args)
+        loss = cfm_loss(*args, **kwargs)
+        calls.append(loss)
+        if len(calls) == 5:
+            loss = change(loss)
+        return loss
 
     monkeypatch.setattr(train_cifar, "cfm_loss", broken)
-    monkeypatch.setattr(train_cifar, "update_average", watch)
-    error, _ = cifar("--steps 9 --log-every 8")
-    assert f"step {bad}: loss nan" in error and "--lr" in error and "\n" not in error
-    assert_close(nets[max(0, bad - 1)], nets[-1], rtol=0, atol=0)
-    assert all(p.isfinite().all() for p in nets[-1])
-    saved = (tmp_path / "run" / "checkpoint.pt").exists()
-    assert saved == (bad == 4) and (not saved or read(tmp_path / "run")["step"] == 3)
+    error, _ = cifar(f"--steps 9 {flags}")
+    assert f"not finite at step {step}" in error and "--lr" in error and "\n" not in error
+    assert not list((tmp_path / "run" / "samples").iterdir())
+    if saved is None:
+        assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    else:
+        state = read(tmp_path / "run")
+        assert state["step"] == saved
+        assert all(weight.isfinite().all() for weight in state["net"].values())
 
 
-# ---- train_cifar.py: one batch, however it is split ----------------------------------------------
+def test_a_checkpoint_of_a_compiled_run_is_that_of_any_run(cifar, tmp_path, monkeypatch):
+    compiled = []
+
+    def fast_compile(self):
+        compiled.append(self)
+        torch.nn.Module.compile(self, backend="eager")
+
+    monkeypatch.setattr(UNet, "compile", fast_compile, raising=False)
+    assert cifar("--steps 2 --compile", out="one")[0] is None
+    assert cifar("--steps 4 --no-compile", out="one", new=False)[0] is None
+    assert cifar("--steps 2", out="two")[0] is None
+    assert len(compiled) == 1
+    assert cifar("--steps 4 --compile", out="two", new=False)[0] is None
+    assert len(compiled) == 2
+    one = read(tmp_path / "one")
+    two = read(tmp_path / "two")
+    for part in ("net", "average"):
+        assert_close(one[part], two[part], rtol=0, atol=1e-5)
+    assert cifar(f"--sample 1 {EULER}", out="two", new=False)[0] is None
+    assert len(compiled) == 2  # for training alone
 
 
-SPLITS = [
-    (2, "--accumulate 2", ""),
-    (1, "--accumulate 4", "--path vp --objective score --ema 0"),
-    pytest.param(2, "", "--coupling ot", marks=needs_scipy),
+# ---- train_cifar.py: settings --------------------------------------------------------------------
+
+
+def test_a_resumed_run_takes_changed_settings_and_lists_them(cifar, tmp_path):
+    assert cifar("--steps 3")[0] is None
+    _, text = cifar("--steps 3", new=False)
+    assert "changed" not in text
+    error, text = cifar("--steps 6 --lr 5e-4", new=False)
+    assert error is None
+    assert text.splitlines()[1:3] == [
+        "changed since the checkpoint: steps was 3 and is 6",
+        "changed since the checkpoint: lr was 0.001 and is 0.0005",
+    ]
+    assert text.count("changed") == 2
+    (group,) = read(tmp_path / "run")["optimizer"]["param_groups"]
+    assert group["lr"] == pytest.approx(5e-4)
+    _, text = cifar("", new=False)  # now they are the checkpoint's
+    assert "lr=0.0005" in text.splitlines()[0] and "changed" not in text
+
+
+OTHER_NETWORKS = {  # flags on a finished run, the setting that is named
+    "--channels 24": "channels 12, not 24",
+    "--size 16": "image_size 8, not 16",
+    "--grey": "in_channels 3, not 1",
+    "--superres 2 --test test": "concat_channels 0, not 3",
+    "--conditional": "num_classes None, not 2",
+    "--path vp": "path ot, not vp",
+    "--path vp --objective noise": "path ot, not vp",
+}
+
+
+def test_another_network_path_or_objective_stops_with_one_line(cifar, tmp_path):
+    assert cifar("--steps 3")[0] is None
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    for flags, words in OTHER_NETWORKS.items():
+        error, _ = cifar(f"--steps 6 {flags}", new=False)
+        assert words in error and "--init" in error and "\n" not in error
+        assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    error, _ = cifar("--sample 1 --channels 24", new=False)
+    assert "channels 12, not 24" in error
+    error, text = cifar("--recipe laptop", new=False)
+    assert error == 2 and "begun with modern" in text
+    assert cifar("--steps 3 --path vp", out="vp")[0] is None
+    error, _ = cifar("--steps 6 --objective noise", out="vp", new=False)
+    assert "objective velocity, not noise" in error
+
+
+RECIPES = [
+    ("modern", (128, 2e-4, 5000, "none", 128, 1.0, 0.9999, 0.1, True, 32, [1, 2, 2, 2], [16])),
+    ("paper", (256, 5e-4, 45_000, "linear", 256, math.inf, 0, 0, False, 32, [1, 2, 2, 2], [16])),
 ]
 
 
-@cases("world, split, flags", SPLITS)
-def test_ranks_and_pieces_equal_the_whole_batch(cifar, fork, tmp_path, world, split, flags):
-    code, text = cifar(f"--dropout 0 --steps 5 {flags}", out="whole")
-    codes, texts = fork(f"--dropout 0 --steps 5 {flags} {split}", world=world)
-    assert code == 0 and codes == [0] * world, texts
-    one = read(tmp_path / "whole")
-    other = read(tmp_path / "run")
-    torch.manual_seed(0)
-    first = UNet(**one["network"]).state_dict()
-    for part in ("net", "average"):
-        assert_close(one[part], other[part], rtol=0, atol=1e-5)
-        assert max((one[part][k] - first[k]).abs().max() for k in first) > 1e-3  # it has learned
-    if "--ema 0" in flags:
-        assert_close(one["average"], one["net"], rtol=0, atol=1e-7)
-    lines = logged(texts)
-    assert len(lines) == 4  # one rank logs
-    for name in ("step", "loss", "grad_norm", "lr"):
-        assert_close(logged(text)[2][name], lines[2][name], rtol=2e-5, atol=1e-6)
+@cases("recipe, values", RECIPES)
+def test_recipes_are_table_3_and_torchcfm(recipe, values):
+    names = "channels lr warmup decay batch clip ema dropout flip size channel_mult"
+    args = vars(settings(f"--recipe {recipe}"))
+    assert tuple(args[name] for name in [*names.split(), "attention_resolutions"]) == values
+    assert args["steps"] == {"modern": 400_000, "paper": 391_000}[recipe]
+    assert not args["grey"] and args["late_times"] == 1
 
 
-def test_gradient_is_that_of_the_objectives_loss():
-    args = settings("--size 2 --batch 12 --path vp --objective score --accumulate 2")
-    w = torch.nn.Parameter(torch.tensor(0.5))
-
-    def v(t, x):
-        return w * x * (1 + t[:, None, None, None])
-
-    batch = train_cifar.get_batch(args, greys(), 0)
-    loss = cfm_loss(v, VPPath(), predict="score", weight="sigma^2", **batch)
-    assert_close(train_cifar.backward(args, v, batch), loss.detach())
-    assert_close(w.grad, torch.autograd.grad(loss, w)[0])
+@cases("recipe", train_cifar.RECIPES)
+def test_flags_come_before_the_recipe(recipe):
+    args = vars(settings(f"--recipe {recipe}"))
+    for name, value in train_cifar.RECIPES[recipe].items():
+        assert args[name] == value
+    changed = vars(settings(f"--lr 1e-5 --recipe {recipe}"))
+    assert changed == {**args, "lr": 1e-5}
 
 
-@cases("clip", [0, 1e-3])
-def test_each_step_clips_the_gradient_and_draws_its_dropout(cifar, monkeypatch, clip):
+def test_the_laptop_recipe_is_grey_and_no_grey_undoes_it():
+    assert settings("--recipe laptop").grey
+    assert not settings("--recipe laptop --no-grey").grey
+
+
+def test_help_names_every_flag_with_a_text_of_its_own(capsys):
+    with pytest.raises(SystemExit) as end:
+        train_cifar.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    defaults = vars(settings())
+    defaults["out"] = "runs/cifar"
+    for name, value in defaults.items():
+        flag = "--" + name.replace("_", "-")
+        assert f" {flag}" in text
+        assert f"(default: {value})" in text
+
+
+# ---- train_cifar.py: one step --------------------------------------------------------------------
+
+
+def record_steps():
+    """Lets a rank write to seen_RANK.pt what each of its steps drew, and its gradient."""
     seen = []
-    step = torch.optim.Adam.step
+    clip_grad_norm_ = torch.nn.utils.clip_grad_norm_
 
-    def watch(self):
+    def watched_loss(v, path, x1, *, cond, t, **how):
+        x0 = torch.randn_like(x1)
+        step = {"x0": x0, "x1": x1, "t": t, "y": cond["y"], "seed": torch.initial_seed()}
+        step["net"] = {name: p.clone() for name, p in v.module.state_dict().items()}
+        seen.append(step)
+        return cfm_loss(v, path, x1, cond=cond, t=t, x0=x0, **how)
+
+    def watched_clip(parameters, largest):
+        parameters = list(parameters)
+        seen[-1]["gradient"] = [p.grad.clone() for p in parameters]
+        torch.save(seen, f"seen_{train_cifar.RANK}.pt")
+        return clip_grad_norm_(parameters, largest)
+
+    train_cifar.cfm_loss = watched_loss
+    torch.nn.utils.clip_grad_norm_ = watched_clip
+
+
+def test_two_ranks_take_the_gradient_of_the_union_of_their_batches(fork, tmp_path):
+    flags = "--conditional --dropout 0 --steps 4"
+    codes, text = fork(flags, record_steps, world=2)
+    assert codes == [0, 0], text
+    assert [step for step, _ in logged(text)] == [2, 4]  # one rank speaks
+    one = torch.load(tmp_path / "seen_0.pt")
+    two = torch.load(tmp_path / "seen_1.pt")
+    assert [step["seed"] for step in one] == [0, 2000, 4000, 6000]
+    assert [step["seed"] for step in two] == [1000, 3000, 5000, 7000]
+    net = UNet(**read(tmp_path / "run")["network"])
+    for a, b in zip(one, two):
+        assert_same(a["net"], b["net"])
+        assert_same(a["gradient"], b["gradient"])
+        for name in ("x0", "x1", "t"):
+            assert a[name].ne(b[name]).any()
+        union = {}
+        for name in ("x0", "x1", "t", "y"):
+            union[name] = torch.cat([a[name], b[name]])
+        net.load_state_dict(a["net"])
+        cond = {"y": union["y"]}
+        loss = cfm_loss(net, OT, union["x1"], cond=cond, x0=union["x0"], t=union["t"])
+        gradient = torch.autograd.grad(loss, list(net.parameters()))
+        assert_close(a["gradient"], list(gradient), rtol=1e-4, atol=1e-6)
+
+
+def indices(monkeypatch, flags, count, first=0, rank=0, world=1):
+    monkeypatch.setattr(train_cifar, "RANK", rank)
+    monkeypatch.setattr(train_cifar, "WORLD", world)
+    return list(train_cifar.step_indices(settings(flags), count, first))
+
+
+def test_every_image_once_an_epoch_whatever_the_first_step_and_the_ranks(monkeypatch):
+    flags = "--batch 4 --steps 8"
+    whole = indices(monkeypatch, flags, 14)  # three batches an epoch, two images left
+    assert [len(batch) for batch in whole] == 8 * [4]
+    epochs = [sum(whole[i : i + 3], []) for i in (0, 3)]
+    for epoch in epochs:
+        assert len(set(epoch)) == 12 and set(epoch) <= set(range(14))
+    assert epochs[0] != epochs[1] and sorted(epochs[0]) != epochs[0]
+    for first in range(8):
+        assert indices(monkeypatch, flags, 14, first=first) == whole[first:]
+    one = indices(monkeypatch, flags, 14, rank=0, world=2)
+    two = indices(monkeypatch, flags, 14, rank=1, world=2)
+    for batch, a, b in zip(whole, one, two):
+        assert len(a) == len(b) == 2 and sorted(a + b) == sorted(batch)
+    assert indices(monkeypatch, f"{flags} --seed 1", 14) != whole
+
+
+def greys(count=12):
+    """Grey levels 0, 1, .. as uint8 images (B, 3, 2, 2), and three labels in turn."""
+    pixels = torch.arange(count, dtype=torch.uint8).reshape(count, 1, 1, 1)
+    return pixels.expand(count, 3, 2, 2).contiguous(), torch.arange(count) % 3
+
+
+def test_dequantised_pixels_lie_in_their_own_step_of_the_training_scale():
+    pixels, labels = greys()
+    x1, cond = train_cifar.draw_batch(settings(), pixels, labels, [])
+    level = (x1 + 1) * 128
+    assert torch.equal(level.floor().to(torch.uint8), pixels) and cond == {}
+    noise = level - pixels
+    assert noise.mean().item() == pytest.approx(0.5, abs=0.1)
+    assert noise.std().item() == pytest.approx(12**-0.5, abs=0.05)
+    again, _ = train_cifar.draw_batch(settings(), pixels, labels, [])
+    assert again.ne(x1).all()
+
+
+@cases("flag, share", [("--flip", 0.5), ("--no-flip", 0.0)])
+def test_half_of_the_images_is_mirrored_left_to_right(flag, share):
+    corner = torch.tensor([[0, 255], [0, 0]], dtype=torch.uint8).expand(400, 3, 2, 2)
+    x1, _ = train_cifar.draw_batch(settings(flag), corner, torch.zeros(400).long(), [])
+    bright = x1 > 0.9
+    mirrored = bright[:, 0, 0, 0]
+    assert mirrored.float().mean().item() == pytest.approx(share, abs=0.1)
+    assert torch.equal(bright[:, :, 0, 0], mirrored[:, None].expand(-1, 3))
+    assert torch.equal(bright[:, 0, 0, 1], ~mirrored) and not bright[:, :, 1].any()
+
+
+def test_a_tenth_of_the_labels_is_hidden():
+    pixels, labels = greys(3000 // 12)
+    pixels, labels = pixels.repeat(12, 1, 1, 1), labels.repeat(12)
+    args = settings("--conditional")
+    _, cond = train_cifar.draw_batch(args, pixels, labels, ["a", "b", "c"])
+    hidden = cond["y"] == 3  # the fourth label is none
+    assert 0.07 < hidden.float().mean() < 0.13
+    assert torch.equal(cond["y"][~hidden], labels[~hidden])
+    assert set(labels[hidden].tolist()) == {0, 1, 2}
+
+
+@cases("path", [OT, VP])
+def test_late_times_are_one_minus_a_power_of_uniform_times(path):
+    start, end = path.t_span
+    torch.manual_seed(1)
+    u = (path.sample_t(1000) - start) / (end - start)
+    for power in (1.0, 2.0, 0.5):
+        torch.manual_seed(1)
+        args = settings(f"--late-times {power}")
+        t = train_cifar.draw_times(args, path, 1000, "cpu")
+        assert_close(t, start + (end - start) * (1 - (1 - u) ** power))
+        mean = (t.mean().item() - start) / (end - start)
+        assert mean == pytest.approx(power / (1 + power), abs=0.01)  # of Beta(1, 1 / power)
+
+
+def test_each_step_gets_its_loss_rate_clipping_and_precision(cifar, monkeypatch):
+    seen = []
+    adam_step = torch.optim.Adam.step
+
+    def watched_loss(v, path, x1, *, cond, t, **how):
+        autocast = torch.is_autocast_enabled("cpu")
+        seen.append({"path": path, "how": how, "autocast": autocast, "training": v.training})
+        loss = cfm_loss(v, path, x1, cond=cond, t=t, **how)
+        return loss + 9 + len(seen) - loss.detach()
+
+    def watched_step(self):
         (group,) = self.param_groups
-        norm = torch.cat([p.grad.flatten() for p in group["params"]]).norm()
-        seen.append((group["lr"], norm.item(), torch.initial_seed()))
-        step(self)
+        gradients = [p.grad.flatten() for p in group["params"]]
+        seen[-1]["lr"] = group["lr"]
+        seen[-1]["norm"] = torch.cat(gradients).norm().item()
+        adam_step(self)
 
-    monkeypatch.setattr(torch.optim.Adam, "step", watch)
-    _, text = cifar(f"--steps 2 --clip {clip}")
-    rates, norms, seeds = zip(*seen)
-    assert rates == pytest.approx([5e-4, 1e-3], rel=1e-4) and seeds[0] != seeds[1]
-    free = logged(text)[0]["grad_norm"]
-    assert free > 0.01 and sum(norms) / 2 == pytest.approx(clip or free, rel=1e-2)
-
-
-def greys():
-    """Twelve grey images of 2 x 2 pixels and three labels."""
-    pixels = torch.arange(12, dtype=torch.uint8).reshape(12, 1, 1, 1)
-    return pixels.expand(12, 2, 2, 3).contiguous(), torch.arange(12) % 3
-
-
-def grey_batches(flags, steps, **changes):
-    args = settings(f"--size 2 --batch 4 {flags}", **changes)
-    return [train_cifar.get_batch(args, greys(), step) for step in steps]
-
-
-def floors(batch):
-    """The grey levels of a batch's images."""
-    return ((batch["x1"][:, 0, 0, 0] + 1) * 128).floor().long()
+    monkeypatch.setattr(train_cifar, "cfm_loss", watched_loss)
+    monkeypatch.setattr(torch.optim.Adam, "step", watched_step)
+    flags = "--clip 1e-3 --precision bf16 --path vp --objective score"
+    error, text = cifar(f"--steps 5 {flags}")
+    assert error is None
+    assert [step["lr"] for step in seen] == pytest.approx([5e-4] + 4 * [1e-3], rel=1e-4)
+    for step in seen:
+        assert step["norm"] == pytest.approx(1e-3, rel=1e-2)
+        assert step["autocast"] and step["training"]
+        assert repr(step["path"]) == repr(VP)
+        assert step["how"] == {"predict": "score", "weight": "sigma^2"}
+    assert logged(text) == [(2, 10.5), (4, 12.5), (5, 14.0)]  # means of 10, 11, .. 14
+    seen.clear()
+    assert cifar("--steps 1 --clip inf", out="free")[0] is None
+    assert seen[0]["norm"] > 0.01 and not seen[0]["autocast"]
 
 
-def test_every_image_once_an_epoch_and_fresh_noise_every_step():
-    batches = grey_batches("", range(6))
-    seen = [floors(batch).tolist() for batch in batches]
-    assert sorted(sum(seen[:3], [])) == sorted(sum(seen[3:], [])) == list(range(12))
-    assert seen[:3] != seen[3:]
-    for name in ("noise", "t"):
-        assert len({b[name].sum().item() for b in batches}) == 6
-    for b in batches:  # one time in every quarter, dequantisation noise in [0, 1)
-        assert sorted((4 * b["t"]).long().tolist()) == [0, 1, 2, 3]
-        assert (((b["x1"] + 1) * 128) % 1).std() > 0.2
-    (other,) = grey_batches("--seed 1", [0])
-    assert other["noise"].ne(batches[0]["noise"]).all()
-    halves = [grey_batches("", [3], world=2, rank=rank)[0] for rank in (0, 1)]
-    for name, whole in batches[3].items():
-        joined = torch.stack([half[name] for half in halves], 1).flatten(0, 1)
-        assert_close(joined, whole, rtol=0, atol=0)
-
-
-@cases("flag, sides", [("--flip", {True, False}), ("--no-flip", {False})])
-def test_half_of_the_images_is_mirrored(flag, sides):
-    pixels = torch.tensor([[0, 255], [0, 255]], dtype=torch.uint8)[:, :, None].expand(12, 2, 2, 3)
-    args = settings(f"--size 2 --batch 12 {flag}")
-    x1 = train_cifar.get_batch(args, (pixels, torch.zeros(12).long()), 0)["x1"]
-    assert set((x1[:, 0, 0, 0] > 0).tolist()) == sides
-
-
-def test_a_tenth_of_the_labels_is_hidden_and_the_rest_are_those_of_the_images():
-    batches = grey_batches("--conditional", range(300), classes=["a", "b", "c"])
-    y = torch.cat([b["y"] for b in batches])
-    label = torch.cat([floors(b) for b in batches]) % 3
-    hidden = y == 3  # the fourth label is none
-    assert 0.07 < hidden.float().mean() < 0.13 and torch.equal(y[~hidden], label[~hidden])
-    assert set(label[hidden].tolist()) == {0, 1, 2}
-
-
-@needs_scipy
-def test_coupling_pairs_the_whole_batch_at_least_cost():
-    (free,) = grey_batches("--coupling independent", [3])
-    (coupled,) = grey_batches("--coupling ot", [3])
-    pairs = coupled["x0"].flatten(1)[:, None] == free["noise"].flatten(1)
-    order = pairs.all(2).int().argmax(1).tolist()
-
-    def cost(i):
-        return (free["noise"][list(i)] - free["x1"]).square().sum()
-
-    assert sorted(order) == [0, 1, 2, 3] and min(permutations(order), key=cost) == tuple(order)
-    assert cost(order) < cost(range(4))
-    for name in ("x1", "t"):
-        assert_close(coupled[name], free[name], rtol=0, atol=0)
+def test_progress_tells_images_per_second_and_the_time_left(capsys, monkeypatch):
+    monkeypatch.setattr(train_cifar.time, "perf_counter", lambda: 150.0)
+    args = settings("--batch 20 --steps 8000")
+    train_cifar.print_progress(args, 1000, 0.25, 10, 100.0)  # 10 steps in 50 seconds
+    line = "step 1000  loss 0.25  images/s 4  time left 9:43:20\n"
+    assert capsys.readouterr().out == line
 
 
 def test_learning_rate_is_the_papers():
@@ -2462,92 +2688,181 @@ def test_learning_rate_is_the_papers():
 def test_average_warms_up_as_its_closed_form_says(decay):
     net = torch.nn.Linear(1, 1, bias=False).double()
     average = torch.nn.Linear(1, 1, bias=False).double().requires_grad_(False)
-    w = [average.weight.item(), *torch.linspace(1, 3, 30).tolist()]
+    values = [average.weight.item(), *torch.linspace(1, 3, 30).tolist()]
     for step in range(30):
-        net.weight.data.fill_(w[step + 1])
+        net.weight.data.fill_(values[step + 1])
         train_cifar.update_average(average, net, decay, step)
-    d = [0, *[min(decay, (1 + n) / (10 + n)) for n in range(30)]]
-    weights = [(1 - d[i]) * math.prod(d[i + 1 :]) for i in range(31)]
-    expected = sum(a * x for a, x in zip(weights, w))
+    decays = [0, *[min(decay, (1 + n) / (10 + n)) for n in range(30)]]
+    expected = 0
+    for i in range(31):
+        expected += (1 - decays[i]) * math.prod(decays[i + 1 :]) * values[i]
     assert average.weight.item() == pytest.approx(expected)
 
 
-def test_the_average_is_saved_and_sampled(cifar, tmp_path, monkeypatch):
-    nets = []
-    velocity = train_cifar.velocity
+def test_tf32_is_for_training_alone(cifar, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen = []
 
-    def watch(args, net):
-        nets.append(net)
-        return velocity(args, net)
+    def watched(*args, **kwargs):
+        matmul = torch.get_float32_matmul_precision()
+        seen.append((matmul, torch.backends.cudnn.allow_tf32))
+        return cfm_loss(*args, **kwargs)
 
-    monkeypatch.setattr(train_cifar, "velocity", watch)
-    assert cifar("--steps 5 --conditional --path vp --objective noise")[0] == 0
-    state = read(tmp_path / "run")
-    assert all((state["average"][k] != w).any() for k, w in state["net"].items() if w.ndim > 1)
-    v, path = train_cifar.load(tmp_path / "run")
-    assert cifar("--sample 1", new=False)[0] == 0
-    assert len(nets) == 4  # a check of the settings, the picture at the last step, load, a sample
-    for net in nets[1:]:
-        assert_same(net.state_dict(), state["average"])
-        assert not net.training
-    assert v.model is nets[2] and path == VPPath()
-    x = torch.randn(2, 3, 8, 8)
-    y = torch.tensor([0, 1])
-    t = torch.full((2,), 0.5)
-    expected = path.convert(t, x, v.model(t, x, y=y), "noise", "velocity")
-    assert_close(v(t, x, y=y), expected)
+    monkeypatch.setattr(train_cifar, "cfm_loss", watched)
+    try:
+        assert cifar("--steps 1")[0] is None
+        assert seen == [("high", True)]
+        assert cifar(f"--sample 1 {EULER}", new=False)[0] is None
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
-RECIPES = [
-    ("modern", (128, 2e-4, 5000, "none", 128, 1.0, 0.9999, 0.1, True, 32, (1, 2, 2, 2), (16,))),
-    ("paper", (256, 5e-4, 45_000, "linear", 256, 0, 0, 0, False, 32, (1, 2, 2, 2), (16,))),
-    ("laptop", (48, 2e-3, 150, "linear", 8, 1.0, 0.995, 0, False, 28, (1, 2, 2), (7,))),
-]
+# ---- train_cifar.py: pictures --------------------------------------------------------------------
 
 
-@cases("recipe, values", RECIPES)
-def test_recipes_are_table_3_and_torchcfm_and_flags_come_first(recipe, values):
-    names = "channels lr warmup decay batch clip ema dropout flip size channel_mult"
-    args = vars(settings(f"--recipe {recipe}"))
-    assert tuple(args[name] for name in [*names.split(), "attention_resolutions"]) == values
-    assert args["steps"] == {"modern": 400_000, "paper": 391_000, "laptop": 3000}[recipe]
-    assert recipe != "laptop" or args["solver"] == {"method": "midpoint", "steps": 10}
-    assert vars(settings(f"--lr 1e-5 --recipe {recipe}")) == args | {"lr": 1e-5}
+def read_folder(folder, flags="", classes=()):
+    """The data set of a folder, as the script reads it."""
+    args = settings(f"--data {folder} {flags}")
+    return train_cifar.load_images(args, args.data, list(classes), train=True)
 
 
-# ---- train_cifar.py: data ------------------------------------------------------------------------
+@pytest.fixture
+def messy(tmp_path):
+    """A folder of two classes, a and b, with what people's folders hold besides."""
+    folder = tmp_path / ".mine"  # hidden itself, but named by the user
+    paint(folder, 4)
+    good = folder / "a" / "000.png"
+    copies = ["a/deep/x.PNG", "top.jpg", "a/y.gif", "b/z.gif", "b/w.jfif", "b/README"]
+    copies += ["a/.hidden.png", "b/__x.png", ".ipynb_checkpoints/000.png", "a/__MACOSX/x.png"]
+    for name in copies:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(good, folder / name)
+    (folder / "empty").mkdir()
+    (folder / "__MACOSX").mkdir()
+    return folder
 
 
-def test_folder_cache_holds_the_squares_and_follows_the_folder(cifar, tmp_path):
-    folder = tmp_path / "mine"
-    paint(folder, 9)
+def test_hidden_files_and_other_suffixes_are_left_out_and_counted(messy, capsys):
+    images = read_folder(messy, "--conditional --size 8")
+    names = [os.path.relpath(file, messy) for file in images.files]
+    assert names == ["a/000.png", "a/002.png", "a/deep/x.PNG", "b/001.png", "b/003.png"]
+    assert images.classes == ["a", "b"] and images.labels == [0, 0, 0, 1, 1]
+    assert [images[i][1] for i in range(len(images))] == images.labels
+    (line,) = capsys.readouterr().out.splitlines()
+    start, _, reasons = line.partition(": ")
+    assert start == f"left out of {messy}"
+    assert sorted(reasons.split(", ")) == [
+        "1 beside the class folders",
+        "1 with suffix .jfif",
+        "1 with suffix none",
+        "2 with suffix .gif",
+        "5 hidden (. or __)",
+    ]
+
+
+def test_without_labels_all_pictures_below_the_folder_are_read(messy, tmp_path, capsys):
+    images = read_folder(messy)
+    names = sorted(os.path.relpath(file, messy) for file in images.files)
+    expected = ["a/000.png", "a/002.png", "a/deep/x.PNG", "b/001.png", "b/003.png", "top.jpg"]
+    assert names == expected and images.classes == []
+    assert "beside" not in capsys.readouterr().out
+    flat = read_folder(messy / "a" / "deep")
+    assert len(flat) == 1 and "left out" not in capsys.readouterr().out
+
+
+def test_held_out_labels_follow_their_names_and_unknown_classes_are_refused(tmp_path):
+    paint(tmp_path / "test", 6)
+    (tmp_path / "test" / "a").rename(tmp_path / "test" / "c")
+    test = read_folder(tmp_path / "test", "--conditional", ["a", "b", "c", "d"])
+    assert test.labels == [1, 1, 1, 2, 2, 2]  # b, c
+    assert test.classes == ["a", "b", "c", "d"]
+    with pytest.raises(ValueError, match=r"test has classes that training had not: \['c'\]"):
+        read_folder(tmp_path / "test", "--conditional", ["a", "b"])
+
+
+def test_unknown_classes_stop_training_and_its_continuation(cifar, tmp_path):
+    paint(tmp_path / "other", 4)
+    (tmp_path / "other" / "a").rename(tmp_path / "other" / "new")
+    error, _ = cifar("--conditional --test other --steps 1")
+    assert "other has classes that training had not: ['new']" in error
+    assert cifar("--conditional --steps 1")[0] is None
+    assert read(tmp_path / "run")["classes"] == ["a", "b"]
+    (tmp_path / "train" / "a").rename(tmp_path / "train" / "new")
+    error, _ = cifar("--steps 2", new=False)
+    assert "train has classes that training had not: ['new']" in error
+
+
+SIXTEEN_BITS = {0: 0, 128: 0, 129: 1, 385: 1, 386: 2, 32768: 128, 65406: 254, 65407: 255}
+
+
+@cases("suffix, kind", [("png", "<u2"), ("tif", "<u2"), ("tif", ">u2")])
+@cases("flag", ["--grey", "--no-grey"])
+def test_16_bit_pictures_are_divided_by_257(tmp_path, suffix, kind, flag):
+    values = np.array(list(SIXTEEN_BITS)).astype(kind)
+    image = Image.fromarray(np.tile(values, (8, 1)))
+    assert image.mode.startswith("I;16")
+    image.save(tmp_path / f"x.{suffix}")
+    pixels, _ = read_folder(tmp_path, f"--size 8 {flag}")[0]
+    expected = torch.tensor(list(SIXTEEN_BITS.values()), dtype=torch.uint8)
+    assert torch.equal(pixels, expected.expand(1 if flag == "--grey" else 3, 8, 8))
+
+
+@cases("kind", [np.int32, np.float32])
+def test_32_bit_pictures_are_refused_in_one_line(cifar, tmp_path, kind):
+    for i in range(8):
+        Image.fromarray(np.full((8, 8), 0.5).astype(kind)).save(tmp_path / "train" / f"{i}.tif")
+    error, _ = cifar("--batch 28")
+    mode = "F" if kind is np.float32 else "I"
+    assert re.search(rf"train/\d.tif cannot be read as a picture: mode {mode} has no", error)
+    assert "save it as PNG with 8 or 16 bits" in error and "\n" not in error
+
+
+@cases("workers", [0, 1])
+def test_a_broken_picture_is_named_in_one_line(fork, tmp_path, workers):
+    file = tmp_path / "train" / "a" / "004.png"
+    file.write_bytes(file.read_bytes()[:60])
+    codes, text = fork(f"--batch 20 --workers {workers}")
+    line = text.splitlines()[-1]
+    assert codes == [1] and "Traceback" not in text
+    assert line.startswith("train_cifar.py: error: ")
+    assert "a/004.png cannot be read as a picture" in line
+
+
+def test_pictures_are_cut_to_their_central_square_and_averaged(tmp_path):
     wide = torch.zeros(16, 40, 3, dtype=torch.uint8)
-    wide[:, 12:28] = torch.arange(256, dtype=torch.uint8).reshape(16, 16, 1)
-    Image.fromarray(wide.numpy()).save(folder / "z.PNG")
-    args = settings(f"--data {folder} --size 8 --batch 8", out=str(tmp_path))
-    pixels, _ = train_cifar.load_images(args, "data")
-    boxes = wide[:, 12:28, 0].double().reshape(8, 2, 8, 2).mean((1, 3))
-    assert pixels.shape == (10, 8, 8, 3)
-    assert (pixels[0, :, :, 0] - boxes).abs().max() <= 0.5  # the central square, averaged 2 x 2
-    flags = f"--data {folder} --conditional --steps "
-    assert "reading 9 images" in cifar(flags + "1")[1]
-    paint(folder, 1, start=50)
-    assert "reading 10 images" in cifar(flags + "2")[1]
-    assert "reading" not in cifar(flags + "3")[1] and read(tmp_path / "run")["step"] == 3
-    os.utime(folder / "a" / "000.png", (1, 1))
-    assert "reading 10 images" in cifar(flags + "4")[1]
-    (folder / "a" / "004.png").write_bytes((folder / "a" / "004.png").read_bytes()[:60])
-    caches = {*(tmp_path / "run").glob("data*.uint8")}
-    assert "004.png cannot be read" in cifar(flags + "5")[0]
-    assert {*(tmp_path / "run").glob("data*.uint8")} == caches  # nothing half made
+    wide[:, 12:28] = torch.randint(256, (16, 16, 3))
+    Image.fromarray(wide.numpy()).save(tmp_path / "x.png")
+    square = wide[:, 12:28].double()
+    boxes = square.reshape(8, 2, 8, 2, 3).mean((1, 3)).permute(2, 0, 1)
+    pixels, label = read_folder(tmp_path, "--size 8")[0]
+    assert pixels.shape == (3, 8, 8) and label == 0
+    assert (pixels - boxes).abs().max() <= 1  # PIL rounds twice
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)  # of ITU-R BT.601
+    grey, _ = read_folder(tmp_path, "--size 8 --grey")[0]
+    assert grey.shape == (1, 8, 8)
+    assert (grey[0] - (weights[:, None, None] * boxes).sum(0)).abs().max() <= 1.5
 
 
 @cases("mode", ["RGBA", "LA", "P"])
-def test_transparency_is_composited_on_white(tmp_path, mode):
+@cases("flag", ["--grey", "--no-grey"])
+def test_transparency_is_composited_on_white(tmp_path, mode, flag):
     picture = Image.new("RGBA", (8, 8), (200, 0, 0, 0))
     picture.paste((0, 0, 0, 255), (0, 0, 4, 8))
     picture.convert(mode).save(tmp_path / "x.png")
-    assert train_cifar.read_square(tmp_path / "x.png", 8) == 8 * (12 * b"\0" + 12 * b"\xff")
+    pixels, _ = read_folder(tmp_path, f"--size 8 {flag}")[0]
+    assert (pixels[:, :, :4] == 0).all() and (pixels[:, :, 4:] == 255).all()
+
+
+def test_a_photo_is_turned_as_its_exif_data_says(tmp_path):
+    picture = Image.new("L", (8, 8), 0)
+    picture.paste(255, (0, 0, 8, 4))  # bright above
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by 180 degrees
+    picture.save(tmp_path / "x.png", exif=exif)
+    pixels, _ = read_folder(tmp_path, "--size 8")[0]
+    assert (pixels[:, :4] == 0).all() and (pixels[:, 4:] == 255).all()
 
 
 def tiny_cifar(root, monkeypatch):
@@ -2556,9 +2871,8 @@ def tiny_cifar(root, monkeypatch):
     folder.mkdir(parents=True)
     files = {}
     for name in [*[f"data_batch_{i}" for i in range(1, 6)], "test_batch"]:
-        planes = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
-        files[name] = planes.permute(0, 2, 3, 1)
-        batch = {"labels": [3, 1, 4, 9], "data": planes.flatten(1).numpy()}
+        files[name] = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+        batch = {"labels": [3, 1, 4, 9], "data": files[name].flatten(1).numpy()}
         (folder / name).write_bytes(pickle.dumps(batch))
     names = {"label_names": [f"class {i}" for i in range(10)]}
     (folder / "batches.meta").write_bytes(pickle.dumps(names))
@@ -2567,22 +2881,77 @@ def tiny_cifar(root, monkeypatch):
     return files
 
 
-def test_cifar10_files_are_read_or_one_line_says_where_to_put_them(cifar, tmp_path, monkeypatch):
+def test_cifar10_is_read_trained_on_and_evaluated(cifar, tmp_path, monkeypatch):
     files = tiny_cifar(tmp_path / "data", monkeypatch)
     args = settings("--conditional")
-    pixels, labels = train_cifar.load_images(args, "data")
-    assert_close(pixels, torch.cat([files[f"data_batch_{i}"] for i in range(1, 6)]))
-    assert labels.tolist() == 5 * [3, 1, 4, 9] and args.classes[3] == "class 3"
-    assert_close(train_cifar.load_images(args, "test")[0], files["test_batch"])
-    assert cifar(f"{NET} --steps 2 --solver euler:1 --conditional", new=False)[0] == 0
-    assert Image.open("run/samples/step_2.png").size == (8 * 34 + 2, 10 * 34 + 2)  # a row a class
-    assert "bits per dimension" in cifar("--bpd 4 --solver euler:2", new=False)[1]
-    monkeypatch.setattr(train_cifar, "CIFAR10", Mock(side_effect=OSError("no route to host")))
-    error, _ = cifar("--batch 8", new=False, out="other")
-    assert "no route to host: put cifar-10-python.tar.gz into ./data" in error
+    images, held_out, classes = train_cifar.load_data(args, None)
+    pixels, labels = train_cifar.fetch(images, range(20), "cpu")
+    assert torch.equal(pixels, torch.cat([files[f"data_batch_{i}"] for i in range(1, 6)]))
+    assert labels.tolist() == 5 * [3, 1, 4, 9]
+    assert classes == [f"class {i}" for i in range(10)]
+    assert torch.equal(train_cifar.fetch(held_out, range(4), "cpu")[0], files["test_batch"])
+    with pytest.raises(ValueError, match="classes of CIFAR-10 are not those of training"):
+        train_cifar.load_test(args, ["cat", "dog"])
+    assert train_cifar.load_test(settings(), []) is not None
+    assert train_cifar.load_data(settings(), None)[2] == []
+    flags = f"{NET} --size 8 --attention-resolutions 4 --conditional --grey --workers 0"
+    assert cifar(f"{flags} --steps 2", new=False)[0] is None
+    picture = Image.open("run/samples/step_2.png")
+    assert picture.size == (8 * 10 + 2, 10 * 10 + 2)  # a row a class
+    assert "bits per dimension" in cifar(f"--bpd 4 {EULER}", new=False)[1]
+
+
+def test_rank_0_alone_downloads_before_the_others_read(cifar, monkeypatch):
+    events = []
+
+    def watched(root, train=True, transform=None, download=False):
+        events.append("download" if download else "read")
+        return Mock(classes=[])
+
+    monkeypatch.setattr(train_cifar, "CIFAR10", watched)
+    monkeypatch.setattr(train_cifar, "barrier", lambda: events.append("wait"))
+    for rank, expected in [(0, ["download", "wait", "read"]), (1, ["wait", "read"])]:
+        monkeypatch.setattr(train_cifar, "RANK", rank)
+        train_cifar.load_images(settings(), "cifar10", [], train=True)
+        assert events == expected
+        events.clear()
 
 
 # ---- train_cifar.py: sampling and evaluation -----------------------------------------------------
+
+
+def test_the_average_is_what_is_loaded_sampled_and_evaluated(cifar, tmp_path, monkeypatch):
+    assert cifar("--steps 5 --conditional --path vp --objective noise")[0] is None
+    state = read(tmp_path / "run")
+    for name, weight in state["net"].items():
+        if weight.ndim > 1:
+            assert weight.ne(state["average"][name]).any()
+    v, path, net = train_cifar.load(tmp_path / "run")
+    assert_same(dict(net.state_dict()), dict(state["average"]))
+    assert repr(path) == repr(VP) and not net.training
+    assert not any(weight.requires_grad for weight in net.parameters())
+    x = torch.randn(2, 3, 8, 8)
+    y = torch.tensor([0, 1])
+    t = torch.full((2,), 0.5)
+    expected = path.convert(t, x, net(t, x, y), "noise", "velocity")
+    assert_close(v(t, x, y=y), expected)
+    used = []
+    as_velocity = fm.as_velocity
+
+    def watched(net, path, predict):
+        used.append((net.state_dict(), net.training, path, predict))
+        return as_velocity(net, path, predict)
+
+    monkeypatch.setattr(fm, "as_velocity", watched)
+    assert cifar(f"--sample 1 --bpd 2 --test test {EULER}", new=False)[0] is None
+    assert cifar("--steps 6", new=False)[0] is None  # the picture of the last step
+    later = read(tmp_path / "run")["average"]
+    for (weights, training, path, predict), average in zip(used, [state["average"], later]):
+        assert_same(dict(weights), dict(average))
+        assert not training and repr(path) == repr(VP) and predict == "noise"
+    assert len(used) == 2
+    with pytest.raises(FileNotFoundError, match="nowhere has no checkpoint.pt"):
+        train_cifar.load("nowhere")
 
 
 def numbered(folder):
@@ -2592,22 +2961,23 @@ def numbered(folder):
 
 
 def test_samples_are_numbered_and_independent_of_batch_and_ranks(cifar, fork, tmp_path):
-    assert cifar("--steps 3 --conditional --preview-every 2")[0] == 0
+    assert cifar("--steps 3 --conditional --picture-every 2")[0] is None
     samples = tmp_path / "run" / "samples"
-    assert {p.name for p in samples.iterdir()} == {"step_2.png", "step_3.png"}
-    code, text = cifar("--sample 7 --solver euler:8", new=False)
-    assert code == 0 and "NFE 8.0" in text
+    assert {file.name for file in samples.iterdir()} == {"step_2.png", "step_3.png"}
+    eight = "--method euler --solver-steps 8"
+    error, text = cifar(f"--sample 7 {eight}", new=False)
+    assert error is None and "NFE 8.0" in text
     seven = numbered(tmp_path / "run")
     assert [file.name for file in seven] == [f"{i:06d}.png" for i in range(7)]
     assert len({*seven.values()}) == 7
-    assert cifar("--sample 1 --guidance 2 --solver euler:8 --seed 1", new=False)[0] == 0
-    assert "dopri5" in cifar("--sample 2", new=False)[1]  # not the solver of the run's pictures
-    assert seven.items() < numbered(tmp_path / "run").items()  # other settings, another folder
+    for flags in (f"{eight} --guidance 2", f"{eight} --seed 1", "--tol 1e-2", EULER):
+        before = numbered(tmp_path / "run")
+        assert cifar(f"--sample 1 {flags}", new=False)[0] is None
+        after = numbered(tmp_path / "run")
+        assert before.items() < after.items()  # other settings, another folder
     for file in samples.glob("*/*.png"):
         file.unlink()
-    codes, text = fork(
-        "--steps 3 --sample 7 --conditional --eval-batch 2 --solver euler:8", world=2
-    )
+    codes, text = fork(f"--sample 7 --eval-batch 2 {eight}", world=2, new=False)
     assert codes == [0, 0] and numbered(tmp_path / "run") == seven, text
 
 
@@ -2615,57 +2985,80 @@ def test_samples_are_functions_of_seed_and_number_and_see_their_labels():
     seen = []
 
     def net(t, x, y=None):
-        seen.append((t.flatten()[0].item(), None if y is None else y.tolist()))
+        labels = None if y is None else y.tolist()
+        seen.append((t.flatten()[0].item(), labels))
         return 0 * x
 
-    def make(numbers, flags=""):
-        args = settings(f"--size 4 --solver euler:2 --conditional {flags}")
-        numbers = torch.tensor(numbers)
-        return train_cifar.generate(args, net, None, numbers, numbers % 3)
+    def make(numbers, flags="", path=OT):
+        args = settings(f"--size 4 --conditional {flags}")
+        labels = torch.tensor(numbers) % 3
+        solver = {"method": "euler", "steps": 2}
+        return train_cifar.generate(args, net, path, numbers, labels, None, solver)
 
     x, nfe = make([0, 1, 2, 3, 4])
     assert seen == [(t, [0, 1, 2, 0, 1]) for t in (0.0, 0.5)] and nfe.tolist() == [2] * 5
+    assert x.shape == (5, 3, 4, 4) and x.dtype == torch.uint8
     assert torch.equal(make([4, 2])[0], x[[4, 2]])
-    assert make([0, 1, 2, 3, 4], "--seed 2")[0].ne(x).any((1, 2, 3)).all()
-    assert ((x > 0) & (x < 255)).float().mean() > 0.5 and len({i.sum().item() for i in x}) == 5
-    wide = make([0, 1, 2, 3, 4], "--path ve")[0]  # 10 times the noise
+    assert make([0, 1, 2, 3, 4], "--seed 2")[0].ne(x).any(3).any(2).any(1).all()
+    assert ((x > 0) & (x < 255)).float().mean() > 0.5
+    assert len({picture.sum().item() for picture in x}) == 5
+    assert make([0], "--grey")[0].shape == (1, 1, 4, 4)
+    wide, _ = make([0, 1, 2, 3, 4], path=VE)  # 10 times the noise
     assert ((wide > 0) & (wide < 255)).float().mean() < 0.2
     seen.clear()
     make([4], "--guidance 2")
     assert sorted(map(str, seen[:2])) == ["(0.0, None)", "(0.0, [1])"]
 
 
-def test_pixels_invert_the_training_scale():
-    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(1, 16, 16, 3)
+def test_bytes_invert_the_training_scale():
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
     for u in (0.0, 0.5, 0.999):
-        x = ((pixels + u) / 128 - 1).permute(0, 3, 1, 2)
-        assert torch.equal(train_cifar.to_pixels(x), pixels)
-    wide = torch.tensor([-9.0, 9.0]).reshape(1, 1, 1, 2)
-    assert train_cifar.to_pixels(wide).flatten().tolist() == [0, 255]
+        assert torch.equal(train_cifar.to_bytes((pixels + u) / 128 - 1), pixels)
+    assert train_cifar.to_bytes(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
 
 
-def test_bpd_of_the_zero_field_is_the_gaussians(cifar, fork, tmp_path, monkeypatch):
-    assert cifar("--steps 1 --warmup 0 --conditional")[0] == 0
-    flags = "--bpd 6 --test test --solver euler:1 "
-    codes, text = fork(flags + "--eval-batch 2 --warmup 0 --conditional", world=2)
-    assert codes == [0, 0] and cifar(flags + "--eval-batch 2", new=False)[1] in text
-    fetch = Mock(wraps=train_cifar.fetch)
-    monkeypatch.setattr(train_cifar, "fetch", fetch)
-    monkeypatch.setattr(UNet, "forward", lambda self, t, x, y=None, cond=None: 0 * x)
-    cifar(f"{flags} --bpd 3", new=False)
-    assert fetch.call_args[0][2].tolist() == [0, 2, 4]  # of six, three in each class's folder
-    args = settings("--size 8 --test test", out=str(tmp_path))
-    x = train_cifar.load_images(args, "test")[0].flatten(1).double()
-    x = (x + 0.5) / 128 - 1  # -log2 N(x; 0, 1) + 7, the noise moves it by less than 0.01
-    exact = ((x.square() + math.log(2 * math.pi)) / 2).mean(1) / math.log(2) + 7
+def exact_bits(x):
+    """Bits per dimension of uint8 images (B, ..) under N(0, 1) on the training scale."""
+    x = (x.flatten(1).double() + 0.5) / 128 - 1  # the noise moves them by less than 0.01
+    nats = (x.square() + math.log(2 * math.pi)) / 2
+    return nats.mean(1) / math.log(2) + 7
+
+
+def test_bpd_of_the_zero_field_is_the_gaussians(cifar, tmp_path, monkeypatch):
+    assert cifar("--steps 1 --conditional")[0] is None
+    flags = "--bpd 6 --test test --method euler --solver-steps 1 "
+    monkeypatch.setattr(UNet, "forward", lambda self, t, x, y=None, concat=None: 0 * x)
+    x, _ = train_cifar.fetch(read_folder(tmp_path / "test", "--size 8"), range(6), "cpu")
+    exact = exact_bits(x)
     for more in ("", "--probes 0", "--K 40", "--eval-batch 4"):
         text = cifar(flags + more, new=False)[1]
-        mean, error = re.search(r"(\S+) \+- (\S+) bits", text).groups()
+        mean, error = re.search(r"(\S+) \+- (\S+) bits per dimension", text).groups()
         assert float(mean) == pytest.approx(exact.mean().item(), abs=0.01)
         assert float(error) == pytest.approx((exact.std() / 6**0.5).item(), abs=0.002)
-        assert "NFE 1.0" in text and "step1" in text  # calls of each of the K draws
-        assert ("hutchinson" in text, "probes" in text) == 2 * ("--probes 0" not in more,)
-        assert ("biased low" in text) == ("K = 40" in text) == ("--K 40" in more)
+        assert "NFE 1.0" in text and "step_1" in text  # calls of each of the K draws
+        assert ("hutchinson" in text) == (more != "--probes 0")
+        assert ("exact" in text) == (more == "--probes 0")
+        assert ("biased low" in text) == ("K = 40" in text) == (more == "--K 40")
+        assert "caution" in text  # steps were fixed
+    fetched = []
+    fetch = train_cifar.fetch
+
+    def watched(images, indices, device):
+        fetched.append(indices)
+        return fetch(images, indices, device)
+
+    monkeypatch.setattr(train_cifar, "fetch", watched)
+    text = cifar("--bpd 3 --test test", new=False)[1]
+    assert fetched == [[0, 2, 4]]  # of six, three in each class's folder
+    assert "dopri5_1e-05" in text and "caution" not in text
+
+
+def test_bpd_of_two_ranks_is_that_of_one(cifar, fork):
+    assert cifar("--steps 3 --conditional")[0] is None
+    flags = f"--bpd 6 --test test --eval-batch 2 {EULER}"
+    codes, text = fork(flags, world=2, new=False)
+    assert codes == [0, 0]
+    assert cifar(flags, new=False)[1] in text
 
 
 def keys_cubic(x):
@@ -2673,82 +3066,132 @@ def keys_cubic(x):
     x = abs(x)
     if x < 1:
         return 1.25 * x**3 - 2.25 * x**2 + 1
-    return -0.75 * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+    if x < 2:
+        return -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+    return 0.0
 
 
-def test_superres_sees_the_low_resolution_enlarged_by_cubic_convolution(cifar, tmp_path):
+def test_superres_sees_the_low_resolution_enlarged_by_cubic_convolution():
     rows = torch.tensor([10, 12, 200, 201, 90, 94, 30, 35], dtype=torch.uint8)
-    pixels = rows[None, :, None, None].expand(1, 8, 8, 3)
-    given = train_cifar.conditions(settings("--size 8 --superres 2"), pixels, None)["cond"]
+    pixels = rows[None, None, :, None].expand(1, 3, 8, 8)
+    args = settings("--size 8 --superres 2")
+    cond = train_cifar.conditions(args, pixels, None)
     low = [11, 200, 92, 32]  # means of two, rounded to even
     enlarged = []
     for i in range(8):
         at = (i + 0.5) / 2 - 0.5
-        enlarged.append(sum(low[min(3, max(0, j))] * keys_cubic(at - j) for j in range(-2, 6)))
-    assert_close((given[0, 0, :, 3] + 1) * 128 - 0.5, torch.tensor(enlarged), rtol=0, atol=1e-2)
-    assert cifar("--superres 4 --steps 2 --test test --path vp")[0] == 0
+        terms = [low[min(3, max(0, j))] * keys_cubic(at - j) for j in range(-2, 6)]
+        enlarged.append(sum(terms))
+    assert list(cond) == ["concat"]
+    level = (cond["concat"][0, 0, :, 3] + 1) * 128 - 0.5
+    assert_close(level, torch.tensor(enlarged), rtol=0, atol=1e-2)
+
+
+@cases("flag, channels", [("--no-grey", 3), ("--grey", 1)])
+def test_superres_writes_low_resolution_sample_and_truth(cifar, tmp_path, flag, channels):
+    assert cifar(f"--superres 4 --steps 2 --test test --path vp {flag}")[0] is None
     assert Image.open("run/samples/step_2.png").size == (8 * 26 + 2, 8 * 10 + 2)  # three squares
-    assert cifar("--sample 6 --solver euler:2", new=False)[0] == 0
-    args = settings("--size 8 --superres 4 --test test", out=str(tmp_path))
-    truth = train_cifar.load_images(args, "test")[0]
-    enlarged = train_cifar.to_pixels(train_cifar.conditions(args, truth, None)["cond"])
-    for i in range(6):
-        (file,) = (tmp_path / "run").rglob(f"00000{i}.png")
-        low, sample, right = torch.tensor(np.asarray(Image.open(file))).split(8, 1)
-        assert torch.equal(right, truth[i]) and torch.equal(low, enlarged[i])
+    assert cifar(f"--sample 7 {EULER}", new=False)[0] is None
+    images = read_folder(tmp_path / "test", f"--size 8 {flag}")
+    args = settings(f"--size 8 --superres 4 {flag}")
+    for number in range(7):
+        truth, _ = train_cifar.fetch(images, [number % 6], "cpu")
+        enlarged = train_cifar.to_bytes(train_cifar.conditions(args, truth, None)["concat"])
+        (file,) = (tmp_path / "run").rglob(f"{number:06d}.png")
+        written = np.asarray(Image.open(file)).reshape(8, 24, channels)
+        low, sample, right = torch.tensor(written).permute(2, 0, 1).split(8, 2)
+        assert torch.equal(right, truth[0]) and torch.equal(low, enlarged[0])
         assert sample.ne(low).any() and sample.ne(right).any()
 
 
 def test_init_takes_weights_of_torchcfm_and_of_other_runs(cifar, tmp_path):
-    assert cifar("--steps 2", out="one")[0] == 0
+    assert cifar("--steps 2", out="one")[0] is None
     state = read(tmp_path / "one")
-    theirs = {f"module.{name}": w for name, w in state["average"].items()}
-    torch.save({"net_model": state["net"], "ema_model": theirs, "step": 7}, tmp_path / "theirs.pt")
+    net = UNet(**state["network"])
+    net.load_state_dict(state["average"])
+    theirs = {"net_model": state["net"], "ema_model": adm(net), "step": 7}
+    torch.save(theirs, tmp_path / "theirs.pt")
     sources = {"two": tmp_path / "one" / "checkpoint.pt", "three": f"adm:{tmp_path}/theirs.pt"}
     for out, source in sources.items():
-        assert cifar(f"--init {source} --steps 1 --lr 1e-8 --warmup 0", out=out)[0] == 0
-        assert_close(read(tmp_path / out)["net"], state["average"], rtol=0, atol=2e-8)
-        assert read(tmp_path / out)["network"]["time_scale"] == (1000.0 if out == "two" else 1.0)
-        assert cifar(f"--init {source} --sample 2", out="four")[0] == 0
-    assert len(list((tmp_path / "four" / "samples").glob("init_*/*.png"))) == 4
-    assert not (tmp_path / "four" / "checkpoint.pt").exists()
+        assert cifar(f"--init {source} --steps 1 --lr 1e-8 --warmup 0", out=out)[0] is None
+        begun = read(tmp_path / out)
+        for part in ("net", "average"):
+            assert_close(begun[part], state["average"], rtol=0, atol=2e-8)
+        assert begun["network"]["time_scale"] == (1000.0 if out == "two" else 1.0)
+        error, text = cifar("--steps 2", out=out, new=False)
+        assert error is None and "from step 1" in text
+        assert cifar(f"--init {source} --sample 2 {EULER}", out=f"of {out}")[0] is None
+        files = list((tmp_path / f"of {out}" / "samples").glob("init_*/*.png"))
+        assert len(files) == 2
+        assert not (tmp_path / f"of {out}" / "checkpoint.pt").exists()
 
 
-REFUSED = [  # command line, words of the one line it gets; "@" is a finished run
+REFUSED = [  # command line, words of the one line it gets
     ("--learning-rate 1", "--learning-rate"),
-    ("--solver rk4:3", "rk4 needs steps"),
-    ("--objective noise", "noise"),
-    ("--objective scoreflow --path ve", "'beta'"),
-    ("--coupling ot --superres 2", "--coupling ot pairs across labels"),
-    ("--accumulate 16", "--batch 8 must be a multiple"),
-    ("--data cifar10", "--size 8 is not CIFAR-10's 32"),
-    ("--out @ --bpd 3 --test cifar10", "--size 8 is not CIFAR-10's 32"),
-    ("--guidance 2", "--guidance needs --conditional"),
-    ("--data nowhere", "has 0 images"),
-    ("--batch 64", "has 20 images"),
-    ("--sample 3", "has no checkpoint.pt: train first"),
+    ("--objective noise", "--objective noise tells no velocity at t = 0 of --path ot"),
+    ("--objective score --path cosine", "--path vp"),
+    ("--data nowhere", "there is no folder nowhere"),
+    ("--data train/a --conditional", "train/a holds no picture"),
+    ("--batch 64", "--data train has 20 images, fewer than a --batch"),
     ("--init nowhere.pt", "nowhere.pt"),
-    ("--out @ --lr 0.1", "--lr is 0.001 in"),
-    ("--out @ --steps 9", "--steps is 4 in"),
-    ("--out @ --sample 3 --num-res-blocks 2", "--num-res-blocks is 1 in"),
-    ("--out @ --bpd 3", "--test FOLDER must give the held-out images"),
+    ("--sample 3", "run has no checkpoint.pt: train first"),
+    ("--attention-resolutions 5", "attention_resolutions"),
 ]
 
 
 @cases("flags, words", REFUSED, ids=[flags for flags, _ in REFUSED])
-def test_refused_in_one_line_and_nothing_is_overwritten(cifar, tmp_path, flags, words):
-    def contents():
-        return {file: file.read_bytes() for file in Path("finished").rglob("*.p*")}
+def test_refused_in_one_line(cifar, tmp_path, flags, words):
+    error, text = cifar(flags)
+    if error == 2:  # argparse's, after a line on usage
+        error = text.splitlines()[-1]
+    assert words in error
+    assert "\n" not in error and "Traceback" not in text
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
-    if "@" in flags:
-        assert cifar("--steps 4 --decay linear", out="finished")[0] == 0
-    before = contents()
-    new = "--sample" not in flags and "@" not in flags
-    code, text = cifar(flags.replace("@", "finished"), new=new)
-    error = text if code == 2 else code  # argparse's is 2, with a line on usage
-    assert words in error or not SCIPY and "scipy" in error
-    assert error.count("\n") <= 2 and "Traceback" not in text
-    assert contents() == before and not (tmp_path / "run" / "checkpoint.pt").exists()
+
+REFUSED_LATER = [  # command line after a training, words of the one line it gets
+    ("--sample 3 --method rk4", "steps"),
+    ("--sample 3 --solver-steps 4", "steps"),
+    ("--sample 3 --guidance 2", "guidance drops"),
+    ("--sample 3 --conditional", "num_classes"),
+    ("--bpd 3", "give --test FOLDER"),
+    ("--bpd 3 --test nowhere", "there is no folder nowhere"),
+]
+
+
+def test_evaluations_are_refused_in_one_line(cifar):
+    assert cifar("--steps 1")[0] is None
+    for flags, words in REFUSED_LATER:
+        error, text = cifar(flags, new=False)
+        assert words in error and "\n" not in error and "Traceback" not in text
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(monkeypatch):
+    monkeypatch.setattr(train_cifar, "WORLD", 3)
+    with pytest.raises(ValueError, match="--batch 8 must be a multiple of the 3 ranks"):
+        train_cifar.check_settings(settings("--batch 8"), None, range(100), [])
+    train_cifar.check_settings(settings("--batch 9"), None, range(100), [])
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", Mock())
+    for local_rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert train_cifar.start_device(settings("--device cuda")) == torch.device("cuda")
+        torch.cuda.set_device.assert_called_with(int(local_rank))
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="fewer GPUs than ranks"):
+        train_cifar.start_device(settings("--device cuda"))
+
+
+def test_all_other_errors_are_tracebacks(cifar, monkeypatch):
+    monkeypatch.setattr(train_cifar, "draw_batch", Mock(side_effect=RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        cifar("--steps 1")
+    stuck = fm.SolverError("stuck", torch.zeros(1), torch.zeros(1))
+    monkeypatch.setattr(train_cifar, "draw_batch", Mock(side_effect=stuck))
+    assert cifar("--steps 1")[0] == "train_cifar.py: error: stuck"
 
 
 # ---- The README ----------------------------------------------------------------------------------

@@ -637,7 +637,8 @@ def is_hidden(name):
 def read_pixels(image, size, grey):
     """The central square of a PIL image on white, averaged to (C, size, size) uint8."""
     if image.mode in ("I", "F"):
-        raise ValueError(f"its pixels have 32 bits (mode {image.mode}); save it with 8 or 16 bits")
+        rule = f"mode {image.mode} has no fixed range of values"
+        raise ValueError(f"{rule}: save it as PNG with 8 or 16 bits")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         eight_bits = np.round(np.asarray(image) / 257)  # 65535 / 257 = 255
