@@ -2383,7 +2383,11 @@ def test_not_finite_stops_the_run_and_keeps_the_checkpoint(
 
     monkeypatch.setattr(train_cifar, "cfm_loss", broken)
     error, _ = cifar(f"--steps 9 {flags}")
-    assert f"not finite at step {step}" in error and "--lr" in error and "\n" not in error
+    assert (
+        f"not finite in the last steps up to {step}" in error
+        and "--lr" in error
+        and "\n" not in error
+    )
     assert not list((tmp_path / "run" / "samples").iterdir())
     if saved is None:
         assert not (tmp_path / "run" / "checkpoint.pt").exists()
@@ -2508,9 +2512,11 @@ def test_help_names_every_flag_with_a_text_of_its_own(capsys):
 
 
 def record_steps():
-    """Lets a rank write to seen_RANK.pt what each of its steps drew, and its gradient."""
+    """Lets a rank write to seen_RANK.pt what its steps drew, their gradients and what it saved."""
     seen = []
     clip_grad_norm_ = torch.nn.utils.clip_grad_norm_
+    save_checkpoint = train_cifar.save_checkpoint
+    write_picture = train_cifar.write_picture
 
     def watched_loss(v, path, x1, *, cond, t, **how):
         x0 = torch.randn_like(x1)
@@ -2525,7 +2531,17 @@ def record_steps():
         torch.save(seen, f"seen_{train_cifar.RANK}.pt")
         return clip_grad_norm_(parameters, largest)
 
+    def watched_save(*args):
+        Path(f"checkpoint of {train_cifar.RANK}").touch()
+        save_checkpoint(*args)
+
+    def watched_picture(*args):
+        Path(f"picture of {train_cifar.RANK}").touch()
+        write_picture(*args)
+
     train_cifar.cfm_loss = watched_loss
+    train_cifar.save_checkpoint = watched_save
+    train_cifar.write_picture = watched_picture
     torch.nn.utils.clip_grad_norm_ = watched_clip
 
 
@@ -2533,12 +2549,13 @@ def test_two_ranks_take_the_gradient_of_the_union_of_their_batches(fork, tmp_pat
     flags = "--conditional --dropout 0 --steps 4"
     codes, text = fork(flags, record_steps, world=2)
     assert codes == [0, 0], text
-    assert [step for step, _ in logged(text)] == [2, 4]  # one rank speaks
+    assert {file.name for file in tmp_path.glob("* of *")} == {"checkpoint of 0", "picture of 0"}
     one = torch.load(tmp_path / "seen_0.pt")
     two = torch.load(tmp_path / "seen_1.pt")
     assert [step["seed"] for step in one] == [0, 2000, 4000, 6000]
     assert [step["seed"] for step in two] == [1000, 3000, 5000, 7000]
     net = UNet(**read(tmp_path / "run")["network"])
+    losses = []
     for a, b in zip(one, two):
         assert_same(a["net"], b["net"])
         assert_same(a["gradient"], b["gradient"])
@@ -2552,6 +2569,10 @@ def test_two_ranks_take_the_gradient_of_the_union_of_their_batches(fork, tmp_pat
         loss = cfm_loss(net, OT, union["x1"], cond=cond, x0=union["x0"], t=union["t"])
         gradient = torch.autograd.grad(loss, list(net.parameters()))
         assert_close(a["gradient"], list(gradient), rtol=1e-4, atol=1e-6)
+        losses.append(loss.item())
+    steps, means = zip(*logged(text))
+    assert steps == (2, 4)  # one rank speaks
+    assert means == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2], rel=1e-4)
 
 
 def indices(monkeypatch, flags, count, first=0, rank=0, world=1):

@@ -368,6 +368,7 @@ def conditions(args, pixels, labels):
 
 def draw_times(args, path, count, device):
     """Training times (B,): 1 - (1 - u)^P of path.t_span, u uniform in [0, 1)."""
+    # Departure: the paper's times are uniform, which P = 1 gives.
     start, end = path.t_span
     u = (path.sample_t(count, device) - start) / (end - start)
     return start + (end - start) * (1 - (1 - u) ** args.late_times)
@@ -403,8 +404,8 @@ def look(args, totals, step):
         dist.all_reduce(totals)
     loss, norm = totals.tolist()
     if not math.isfinite(loss + norm):
-        what = f"loss or gradient norm is not finite at step {step} or shortly before"
-        raise ValueError(f"{what}: lower --lr; a checkpoint in {args.out} is older than that")
+        what = f"loss or gradient norm was not finite in the last steps up to {step}"
+        raise ValueError(f"{what}: lower --lr; a checkpoint in {args.out} is from before that")
     return loss
 
 
