@@ -1998,7 +1998,7 @@ def test_toy_figure_has_a_titled_panel_for_every_flow_that_of_the_data_is_the_la
     assert taken.max() == 1  # no panel covers another
     assert areas.pop("exact flow of the data") > 4 * max(areas.values())
     for light, dark in ((2, 0), (0, 2)):  # the legend's dots, blue and red, with words
-        y, x = (empty[:, :, light] - empty[:, :, dark] > 150).nonzero()
+        y, x = (empty[:, :, light] - empty[:, :, dark] > 60).nonzero()
         right = int(x.max())
         middle = int(y.min()) + 4
         assert written_at(Image.open(file), right + 2, middle - 6, right + 90, middle + 6)
