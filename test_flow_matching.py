@@ -1768,8 +1768,8 @@ def test_toy_numbers_of_an_exact_field():
         assert_close(ratio, wanted, rtol=0.1, atol=0)
 
 
-def test_toy_gap_and_excess_of_a_field_of_another_width():
-    _, r = measured(1.5)
+def test_toy_gap_excess_and_nfe_of_a_field_of_another_width():
+    flow, r = measured(1.5)
     ratio = 1 - 1 / 1.5**2
     assert_near(r["gap"], 2 * math.log(1.5) - ratio, 4 * r["gap_se"])
     assert_close(r["gap_se"], ratio / math.sqrt(2000), rtol=0.1, atol=0)
@@ -1777,6 +1777,9 @@ def test_toy_gap_and_excess_of_a_field_of_another_width():
     error = (slope_of(t, 1.5) - slope_of(t, 1.0)) ** 2 * (t**2 + (1 - t) ** 2)
     assert_close(r["excess"], error.mean(), rtol=0.04, atol=0)
     assert_near(r["loss"] - r["floor"], error.mean(), 0.02)
+    nfe = odeint(flow.velocity, torch.randn(2000, 2)).nfe.double()
+    assert_near(r["nfe"], nfe.mean().item(), 0.1)
+    assert nfe.max() > nfe.mean() + 0.5
 
 
 @cases("turn, overshoot", [(math.pi / 2, 0.0), (3 * math.pi / 2, 1.0)])
@@ -2119,6 +2122,21 @@ def test_train_toy_misses_scipy_before_it_trains(line, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         train_toy.parse_args(line.split())
     assert "pip install scipy" in capsys.readouterr().err
+
+
+def test_toy_learning_rate_warms_up_and_falls_as_a_cosine(monkeypatch):
+    rates = []
+
+    class Adam(torch.optim.Adam):
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    trained("--lr 0.01 --steps 600 --batch 8")
+    cosine = 0.005 * (1 + np.cos(np.pi * np.arange(600) / 600))
+    assert_near(rates[199:], cosine[199:].tolist(), 1e-9)
+    assert_near(rates[:200], (cosine[:200] * np.linspace(0.005, 1, 200)).tolist(), 1e-9)
 
 
 def test_train_toy_stops_where_the_loss_is_not_finite(tmp_path):
