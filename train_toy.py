@@ -68,13 +68,13 @@ def parse_args(argv=None):
         nargs="+",
         default=["ot"],
         choices=fm.PATHS,
-        help="probability paths; each is trained and is a row of the table",
+        help="probability paths: ot and vp of the paper, ve, cosine; a row of the table for each",
     )
     group.add_argument(
         "--objective",
         default="velocity",
         choices=fm.OBJECTIVES,
-        help="what the network predicts and how its loss is weighted, Table 1",
+        help="what the network predicts, Table 1; scoreflow is a score weighted for likelihood",
     )
     group.add_argument(
         "--coupling",
@@ -168,11 +168,12 @@ def check_args(p, args):
         p.error("--sde needs the score, which v tells only for independent pairs")
     for path in args.path:
         if pairs and path not in START_AT_X0:
-            p.error(f"--coupling ot and --reflow need psi_0(x0) = x0: --path ot, not {path}")
+            p.error(f"--coupling ot and --reflow need psi_0(x0) = x0, so --path ot; got {path}")
         if args.objective != "velocity" and path in START_AT_X0:
-            p.error(f"--objective {args.objective} tells no velocity at t = 0 of {path}: --path vp")
+            rule = f"--objective {args.objective} does not tell the velocity at t = 0 of {path}"
+            p.error(f"{rule}; take --path vp")
         if args.objective == "scoreflow" and path != "vp":
-            p.error(f"--objective scoreflow has the weight beta(t) of --path vp, not of {path}")
+            p.error(f"--objective scoreflow has the weight beta(t) of --path vp; got {path}")
     if args.ablation or args.coupling == "ot":
         if importlib.util.find_spec("scipy") is None:
             p.error("optimal transport of minibatches needs SciPy: pip install scipy")
