@@ -2738,6 +2738,12 @@ def test_average_warms_up_as_its_closed_form_says(decay):
     assert average.weight.item() == pytest.approx(expected)
 
 
+def test_each_step_moves_the_average_to_the_new_weights(cifar, tmp_path):
+    assert cifar("--steps 3 --ema 0")[0] is None
+    state = read(tmp_path / "run")
+    assert_close(state["average"], state["net"], rtol=0, atol=1e-7)
+
+
 def test_tf32_is_for_training_alone(cifar, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     seen = []
