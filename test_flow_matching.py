@@ -2777,6 +2777,15 @@ def test_every_image_once_an_epoch_whatever_the_first_step_and_the_ranks(monkeyp
     assert indices(monkeypatch, f"{flags} --seed 1", 14) != whole
 
 
+def test_the_loader_has_its_workers_and_pins_memory_for_a_gpu():
+    for workers in (0, 1):
+        args = settings(f"--workers {workers}")
+        for device in ("cpu", "cuda"):
+            loader = train_cifar.batch_loader(args, range(200), 0, torch.device(device))
+            assert loader.num_workers == workers
+            assert loader.pin_memory == (device == "cuda")
+
+
 def greys(count=12):
     """Grey levels 0, 1, .. as uint8 images (B, 3, 2, 2), and three labels in turn."""
     pixels = torch.arange(count, dtype=torch.uint8).reshape(count, 1, 1, 1)

@@ -2,7 +2,7 @@
 """Train, resume, sample and evaluate image models, Section 6 of arXiv:2210.02747v2.
 
     python train_cifar.py                                 CIFAR-10; the same line again resumes
-    python train_cifar.py --recipe laptop --data FOLDER   28 pixels, ten minutes on two CPU cores
+    python train_cifar.py --recipe laptop --data FOLDER   28 grey pixels, ten minutes on two cores
     torchrun --nproc_per_node=8 train_cifar.py            8 GPUs; --batch stays the total
     python train_cifar.py --sample 50000                  numbered PNG files, averaged weights
     python train_cifar.py --bpd 1000                      bits per dimension of held-out images
@@ -584,7 +584,8 @@ class PictureFolder(Dataset):
             unknown = set(found) - set(self.classes)
             if unknown:
                 raise ValueError(f"{folder} has classes that training had not: {sorted(unknown)}")
-            self.labels = [self.classes.index(name) for name in names]
+            numbers = {name: number for number, name in enumerate(self.classes)}
+            self.labels = [numbers[name] for name in names]
 
     def __len__(self):
         return len(self.files)
@@ -625,9 +626,9 @@ def find_pictures(folder, conditional):
             else:
                 files.append(os.path.join(root, name))
                 names.append(first_folder)
-    left_out = [f"{count} {why}" for why, count in left_out.items() if count > 0]
-    if left_out:
-        print(f"left out of {folder}: {', '.join(left_out)}", flush=True)
+    reasons = [f"{count} {why}" for why, count in left_out.items() if count > 0]
+    if reasons:
+        print(f"left out of {folder}: {', '.join(reasons)}", flush=True)
     return files, names
 
 
