@@ -2618,11 +2618,21 @@ def test_a_resumed_run_takes_changed_settings_and_lists_them(cifar, tmp_path):
     assert "lr=0.0005" in text.splitlines()[0] and "changed" not in text
 
 
+def test_a_run_that_was_moved_goes_on_where_it_is(cifar, tmp_path):
+    assert cifar("--steps 3")[0] is None
+    (tmp_path / "run").rename(tmp_path / "moved")
+    error, text = cifar("--steps 6", out="moved", new=False)
+    assert error is None and "changed since the checkpoint: out" not in text
+    assert read(tmp_path / "moved")["step"] == 6
+    assert not (tmp_path / "run").exists()
+
+
 OTHER_NETWORKS = {  # flags on a finished run, the setting that is named
     "--channels 24": "channels 12, not 24",
     "--size 16": "image_size 8, not 16",
     "--grey": "in_channels 3, not 1",
     "--superres 2 --test test": "concat_channels 0, not 3",
+    "--dropout 0.3": "dropout 0.1, not 0.3",
     "--conditional": "num_classes None, not 2",
     "--path vp": "path ot, not vp",
     "--path vp --objective noise": "path ot, not vp",
@@ -3223,6 +3233,49 @@ def test_samples_are_functions_of_seed_and_number_and_see_their_labels():
     seen.clear()
     make([4], "--guidance 2")
     assert sorted(map(str, seen[:2])) == ["(0.0, None)", "(0.0, [1])"]
+
+
+def test_a_row_of_the_picture_is_a_class(tmp_path, monkeypatch):
+    seen = []
+
+    def watched(args, v, path, numbers, labels, truth, solver):
+        seen.append((list(numbers), labels.tolist()))
+        return torch.zeros(len(numbers), 1, 2, 2), None
+
+    monkeypatch.setattr(train_cifar, "generate", watched)
+    args = settings("--conditional")
+    args.out = tmp_path
+    (tmp_path / "samples").mkdir()
+    train_cifar.write_picture(args, None, OT, ["a", "b", "c"], None, 5, "cpu")
+    ((numbers, labels),) = seen
+    assert numbers == list(range(24))
+    assert labels == 8 * [0] + 8 * [1] + 8 * [2]
+    assert (tmp_path / "samples" / "step_5.png").exists()
+
+
+def test_evaluation_passes_its_settings_on(cifar, monkeypatch):
+    assert cifar("--steps 1 --conditional")[0] is None
+    solved = []
+    evaluated = []
+
+    def watched_odeint(v, x, t, *, cond, **solver):
+        solved.append((solver, cond["y"].tolist(), torch.is_grad_enabled()))
+        return odeint(v, x, t, cond=cond, **solver)
+
+    def watched_bits(v, path, images, *, K, cond, **how):
+        evaluated.append((K, cond["y"].tolist(), how))
+        return fm.bits_per_dim(v, path, images, K=K, cond=cond, **how)
+
+    monkeypatch.setattr(train_cifar, "odeint", watched_odeint)
+    monkeypatch.setattr(train_cifar, "bits_per_dim", watched_bits)
+    cifar("--sample 3 --tol 1e-2", new=False)
+    dopri5 = {"method": "dopri5", "steps": None, "rtol": 1e-2, "atol": 1e-2}
+    assert solved == [(dopri5, [0, 1, 0], False)]
+    cifar("--bpd 6 --test test --K 2 --probes 3 --method rk4 --solver-steps 4", new=False)
+    ((K, labels, how),) = evaluated
+    assert K == 2 and labels == [0, 0, 0, 1, 1, 1]
+    assert how["method"] == "rk4" and how["steps"] == 4
+    assert how["divergence"] == "hutchinson" and how["probes"] == 3
 
 
 def test_bytes_invert_the_training_scale():
