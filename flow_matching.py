@@ -1054,33 +1054,19 @@ def log_prob(
     _check_batch("x1", x1)
     cond = _check_cond(cond, x1)
     _warn_of_training_mode(v)
-    exact = divergence == "exact"
-    known = exact or divergence == "hutchinson"
-    _require(known, "divergence must be 'exact' or 'hutchinson'", divergence)
-    _require(probes == 1 or not exact, "probes are for divergence='hutchinson'", probes)
-    _require("_probes" not in cond, "the name _probes in cond is taken: choose another")
+    _check_divergence(divergence, probes, cond)
     B, *dims = x1.shape
     d = x1[0].numel()
     with torch.inference_mode(False):  # tensors made under it cannot be differentiated
         x1 = x1.clone()
         cond = {name: c.clone() for name, c in cond.items()}
-    if exact:
-        basis = torch.eye(d, dtype=x1.dtype, device=x1.device).view(d, 1, *dims)
-    else:
+    _check_autodiff(v, path.t_span[1], x1, cond)
+    if divergence == "hutchinson":
         # Departure: the paper names no law of z; signs (Rademacher) have the least variance.
         shape = (B, probes, *dims)
         z = torch.randint(2, shape, device=x1.device, generator=generator).to(x1.dtype) * 2 - 1
         cond["_probes"] = z  # a private name: like cond, each row goes with its sample
-
-    def augmented(t, state, /, _probes=None, **cond):
-        """d/dt [phi_t(x), f(t)] = [v_t, -div v_t], Eqs. (28)-(29), (B, d + P), a column a probe."""
-        x = state[:, :d].reshape(-1, *dims).to(x1.dtype)
-        if exact:
-            v_t, diagonal = _jacobian_products(v, t, x, basis, differentiable, cond)
-            div_t = diagonal.sum(1, keepdim=True)
-        else:
-            v_t, div_t = _jacobian_products(v, t, x, _probes.movedim(1, 0), differentiable, cond)
-        return torch.cat([v_t.reshape(len(x), d).to(state.dtype), -div_t], 1)
+    augmented = _augmented_field(v, x1, divergence, differentiable)
 
     def larger_norm(error, /, _probes=None, **cond):
         size_x = norm(error[:, :d].reshape(-1, *dims), **cond)
@@ -1090,7 +1076,6 @@ def log_prob(
     # Attention's fused kernels have no double backward, and their backward no batching rule.
     math_attention = sdpa_kernel(SDPBackend.MATH)
     with torch.inference_mode(False), torch.set_grad_enabled(differentiable), math_attention:
-        _check_autodiff(v, path.t_span[1], x1, {k: c for k, c in cond.items() if k != "_probes"})
         state = torch.cat([x1.reshape(B, d), x1.new_zeros(B, probes)], 1)  # [x1, 0], Eq. (32)
         state = state.to(_at_least_float32(x1.dtype))
         times = path.t_span[::-1]
@@ -1100,13 +1085,61 @@ def log_prob(
         std = path.source_std
         log_p0 = -((x0 / std) ** 2 + math.log(2 * math.pi * std**2)).sum(1) / 2
         log_p1 = log_p0 - f0.mean(1)  # Eq. (33), or Eq. (35)
-        if exact:
+        if divergence == "exact":
             std_err = torch.zeros_like(log_p1)
         elif probes == 1:
             std_err = torch.full_like(log_p1, math.nan)
         else:
             std_err = f0.std(1) / math.sqrt(probes)
     return LogProb(log_p1, std_err, x0.reshape(x1.shape).to(x1.dtype), solution.nfe)
+
+
+def _check_divergence(divergence, probes, cond):
+    known = divergence in ("exact", "hutchinson")
+    _require(known, "divergence must be 'exact' or 'hutchinson'", divergence)
+    fits = probes == 1 or divergence == "hutchinson"
+    _require(fits, "probes are for divergence='hutchinson'", probes)
+    _require("_probes" not in cond, "the name _probes in cond is taken: choose another")
+
+
+def _check_autodiff(v, t, x, cond):
+    """ValueError if v depends on x, but autodiff does not see it: the divergence would be 0."""
+    t = _as_time(t, x).expand(len(x))
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().requires_grad_()
+        v_t = v(t, x, **cond)
+        _check_output(v_t, x)
+        if v_t.requires_grad:
+            weights = torch.linspace(1, 2, v_t.numel()).to(v_t).reshape(v_t.shape)
+            (slope,) = torch.autograd.grad(v_t, x, weights, materialize_grads=True)
+            if slope.any():
+                return
+        moved = v(t, 1.01 * x + 0.01, **cond)
+    rule = "v depends on x, but cuts it from autodiff by no_grad, detach or numpy: divergence 0"
+    _require(bool((moved == v_t).all()), rule)
+
+
+def _augmented_field(v, x1, divergence, differentiable):
+    """d/dt [phi_t(x), f(t)] = [v_t, -div v_t], Eqs. (28)-(29), as a field of states (B, d + P).
+
+    P is the number of probes, and 1 for the exact divergence.
+    """
+    dims = x1.shape[1:]
+    d = x1[0].numel()
+    basis = None
+    if divergence == "exact":
+        basis = torch.eye(d, dtype=x1.dtype, device=x1.device).view(d, 1, *dims)
+
+    def augmented(t, state, /, _probes=None, **cond):
+        x = state[:, :d].reshape(-1, *dims).to(x1.dtype)
+        if divergence == "exact":
+            v_t, diagonal = _jacobian_products(v, t, x, basis, differentiable, cond)
+            div_t = diagonal.sum(1, keepdim=True)
+        else:
+            v_t, div_t = _jacobian_products(v, t, x, _probes.movedim(1, 0), differentiable, cond)
+        return torch.cat([v_t.reshape(len(x), d).to(state.dtype), -div_t], 1)
+
+    return augmented
 
 
 def _jacobian_products(v, t, x, vectors, create_graph, cond):
@@ -1126,23 +1159,6 @@ def _jacobian_products(v, t, x, vectors, create_graph, cond):
     if create_graph:
         return v_t, products
     return v_t.detach(), products.detach()
-
-
-def _check_autodiff(v, t, x, cond):
-    """ValueError if v depends on x, but autodiff does not see it: the divergence would be 0."""
-    t = _as_time(t, x).expand(len(x))
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        v_t = v(t, x, **cond)
-        _check_output(v_t, x)
-        if v_t.requires_grad:
-            weights = torch.linspace(1, 2, v_t.numel()).to(v_t).reshape(v_t.shape)
-            (slope,) = torch.autograd.grad(v_t, x, weights, materialize_grads=True)
-            if slope.any():
-                return
-    moved = v(t, 1.01 * x + 0.01, **cond)
-    rule = "v depends on x, but cuts it from autodiff by no_grad, detach or numpy: divergence 0"
-    _require(bool((moved == v_t).all()), rule)
 
 
 def _vector_jacobian_products(v_t, x, vectors, create_graph, keep_graph):
@@ -1327,53 +1343,60 @@ class UNet(nn.Module):
         self.channels = channels
         self.num_classes = num_classes
         self.time_scale = time_scale
-        levels = len(channel_mult)
-        self.unit = 2 ** (levels - 1)  # height and width must be multiples of it
-        sizes = [image_size // 2**level for level in range(levels)]
-        widths = [int(channels * multiple) for multiple in channel_mult]
-        c_emb = 4 * channels
-        _require(channels % 2 == 0, "channels must be even, for sines and cosines of t", channels)
+        self.unit = 2 ** (len(channel_mult) - 1)  # height and width must be multiples of it
+        self._check_config(image_size, len(channel_mult), attention_resolutions)
+        self._build_layers(image_size, in_channels + concat_channels, out_channels, dropout)
+        self.to(memory_format=torch.channels_last)  # strides only; the activations follow them
+
+    def _check_config(self, image_size, levels, attention_resolutions):
+        even = self.channels % 2 == 0
+        _require(even, "channels must be even, for sines and cosines of t", self.channels)
         rule = f"image_size must be a multiple of {self.unit} for {levels} levels"
         _require(image_size % self.unit == 0, rule, image_size)
+        sizes = [image_size // 2**level for level in range(levels)]
         known = set(attention_resolutions) <= set(sizes)
         _require(known, f"attention_resolutions must be among {sizes}", attention_resolutions)
 
-        def stage(c_in, c_out, size):
+    def _build_layers(self, image_size, in_channels, out_channels, dropout):
+        head_channels = self.config["head_channels"]
+        c_emb = 4 * self.channels
+
+        def block(c_in, c_out, size):
             layers = Stage(ResBlock(c_in, c_out, c_emb, dropout))
-            if size in attention_resolutions:
+            if size in self.config["attention_resolutions"]:
                 layers.append(Attention(c_out, head_channels))
             return layers
 
-        self.embed = nn.Sequential(nn.Linear(channels, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
-        self.label = nn.Embedding(num_classes + 1, c_emb) if num_classes else None
-        c = widths[0]
+        first = nn.Linear(self.channels, c_emb)
+        self.embed = nn.Sequential(first, nn.SiLU(), nn.Linear(c_emb, c_emb))
+        self.label = None
+        if self.num_classes:
+            self.label = nn.Embedding(self.num_classes + 1, c_emb)
+        levels = []  # size and channels of each
+        for level, multiple in enumerate(self.config["channel_mult"]):
+            levels.append((image_size // 2**level, int(self.channels * multiple)))
+        c = levels[0][1]
         skips = [c]  # the channels of what goes over to the way up
-        self.down = nn.ModuleList(
-            [Stage(nn.Conv2d(in_channels + concat_channels, c, 3, padding=1))]
-        )
-        for size, width in zip(sizes, widths):
+        self.down = nn.ModuleList([Stage(nn.Conv2d(in_channels, c, 3, padding=1))])
+        for size, width in levels:
             if size < image_size:
                 self.down.append(Stage(nn.Conv2d(c, c, 3, stride=2, padding=1)))
                 skips.append(c)
-            for _ in range(num_res_blocks):
-                self.down.append(stage(c, width, size))
+            for _ in range(self.config["num_res_blocks"]):
+                self.down.append(block(c, width, size))
                 c = width
                 skips.append(c)
-        self.middle = Stage(
-            ResBlock(c, c, c_emb, dropout),
-            Attention(c, head_channels),
-            ResBlock(c, c, c_emb, dropout),
-        )
+        self.middle = Stage(ResBlock(c, c, c_emb, dropout), Attention(c, head_channels))
+        self.middle.append(ResBlock(c, c, c_emb, dropout))
         self.up = nn.ModuleList()
-        for size, width in zip(reversed(sizes), reversed(widths)):
-            for _ in range(num_res_blocks + 1):
-                self.up.append(stage(c + skips.pop(), width, size))
+        for size, width in reversed(levels):
+            for _ in range(self.config["num_res_blocks"] + 1):
+                self.up.append(block(c + skips.pop(), width, size))
                 c = width
             if size < image_size:
                 self.up[-1].append(Upsample(c, c, 3, padding=1))
         last = zeroed(nn.Conv2d(c, out_channels, 3, padding=1))
         self.head = nn.Sequential(GroupNorm(c), nn.SiLU(), last)
-        self.to(memory_format=torch.channels_last)  # strides only; the activations follow them
 
     def embedding(self, t, x, y):
         """What the residual blocks see of time and label: (B, 4 channels), or (1, 4 channels)."""

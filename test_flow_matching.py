@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import types
 from contextlib import redirect_stdout
 from functools import partial
@@ -3466,25 +3467,141 @@ def test_all_other_errors_are_tracebacks(cifar, monkeypatch):
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(python|sh)\n(.*?)```", README, re.S)
+PYTHON = [textwrap.dedent(code) for kind, code in BLOCKS if kind == "python"]
 INLINE = re.findall(r"`((?:python train|torchrun|for s in)[^`]+)`", README)
 CIFAR = "--channels 8 --num-res-blocks 1 --head-channels 8 --batch 4 --steps 2 --workers 0"
 
 
-@pytest.mark.parametrize("number", range(2))
-def test_readme_core_and_data_run_with_torch_and_the_module_alone(tmp_path, number):
-    block = [code for kind, code in BLOCKS if kind == "python"][number]
-    (tmp_path / "flow_matching.py").write_bytes((HERE / "flow_matching.py").read_bytes())
-    missing = "numpy torchvision scipy PIL"
-    alone = f"import sys\nfor name in '{missing}'.split():\n    sys.modules[name] = None\n"
-    end = "\nprint('width', x[:, 0].abs().mean().item())\n" if number == 0 else ""
-    (tmp_path / "example.py").write_text(alone + block + end, encoding="utf-8")
+def run_alone(folder, code):
+    """Runs code beside a copy of flow_matching.py, where only torch can be imported."""
+    (folder / "flow_matching.py").write_bytes((HERE / "flow_matching.py").read_bytes())
+    alone = "import sys\nfor name in ('numpy', 'torchvision', 'scipy', 'PIL'):\n"
+    alone += "    sys.modules[name] = None\n"
+    (folder / "example.py").write_text(alone + code, encoding="utf-8")
     command = [sys.executable, "-Werror", "-Wignore:Failed to initialize NumPy", "example.py"]
-    done = subprocess.run(command, cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=ONE_THREAD, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    if number == 0:
-        assert abs(float(done.stdout.split()[-1]) - 1) < 0.1  # two blobs at -1 and 1
-    else:
-        assert done.stdout.count("tensor(") == 2
+    return [float(word) for word in done.stdout.split()]
+
+
+def test_readme_idea_in_14_lines(tmp_path):
+    end = "\nprint(x[:, 0].abs().mean().item())\n"
+    (width,) = run_alone(tmp_path, PYTHON[0] + end)
+    assert abs(width - 1) < 0.1  # two blobs at -1 and 1
+
+
+def test_readme_data_of_your_own(tmp_path):
+    end = """
+print((x[:, 0] > 0).float().mean().item())
+print(*x.mean(0).tolist(), *x.std(0).tolist())
+mean = torch.tensor([0.0, 5.0, 0.0]) + 1e4 * torch.cat([group[:5], torch.zeros(5, 2)], 1)
+normal = torch.distributions.Normal(mean, torch.tensor([3e3, 1.0, 1e-3]))
+print((log_p - normal.log_prob(raw[:5]).sum(1)).abs().median().item())
+"""
+    right, *moments, off = run_alone(
+        tmp_path, "import torch\ntorch.manual_seed(0)\n" + PYTHON[1] + end
+    )
+    assert right > 0.99  # the group that was asked for
+    wanted = [1e4, 5.0, 0.0, 3e3, 1.0, 1e-3]
+    allowed = [1e3, 0.15, 2e-4, 5e2, 0.15, 2e-4]
+    for value, exact, error in zip(moments, wanted, allowed):
+        assert abs(value - exact) < error
+    assert off < 0.5  # nats, of the raw data
+
+
+def test_readme_names_constant_columns(tmp_path):
+    (line,) = [line for line in PYTHON[1].splitlines() if line.startswith("assert")]
+    for scale, message in (([1.0, 2.0], None), ([1.0, 0.0, 2.0, 0.0], "[1, 3]")):
+        if message is None:
+            exec(line, {"scale": torch.tensor(scale)})
+        else:
+            with pytest.raises(AssertionError, match=re.escape(message)):
+                exec(line, {"scale": torch.tensor(scale)})
+
+
+def copier():
+    """What the README's table of functions takes for granted."""
+    weight = torch.tensor([[0.5, -0.2], [0.1, 0.3]], requires_grad=True)
+
+    def v(t, x, y=None):
+        slope = torch.tanh(x @ weight.to(x.dtype))
+        return slope if y is None else slope + y[:, None]
+
+    names = {name: getattr(fm, name) for name in fm.__all__}
+    names.update(torch=torch, v=v, model=v, path=OT, num_classes=2, data=torch.randn(6, 2))
+    names.update(x0=torch.randn(8, 2), x1=torch.randn(8, 2), y=torch.tensor([0, 1] * 4))
+    names.update(grid=torch.linspace(0, 1, 5) ** 2, images=torch.zeros(3, 4, 2, dtype=torch.uint8))
+    return names
+
+
+WISHES = re.findall(r"^\| ([^|]+) \| (`.*`[^|]*) \|$", README.split("## Images")[0], re.M)
+
+
+@pytest.mark.parametrize("wish, calls", WISHES, ids=[wish for wish, _ in WISHES])
+def test_readme_every_wish_of_a_copier_runs(wish, calls):
+    if "SciPy" in wish and not SCIPY:
+        pytest.skip("SciPy is not installed")
+    if "python train" in calls:
+        return  # run below
+    for call in re.findall("`([^`]+)`", calls):
+        if "(" in call:
+            exec(call, copier())
+
+
+def test_readme_wishes_are_these():
+    assert len(WISHES) >= 30
+    words = "mask own grid gradients labels bf16 x-prediction seeds context pairs own"
+    text = README.split("## Images")[0]
+    assert all(word in text for word in words.split())
+
+
+def test_readme_masks_padding_and_inpainting():
+    mask_block, inpainting = [code for code in PYTHON if "masked" in code or "known" in code]
+    x1 = torch.randn(3, 3, 3)
+    names = {
+        **copier(),
+        "x1": x1,
+        "w": torch.rand(3),
+        "mask": torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1]]),
+    }
+    names["v"] = itself
+    exec(mask_block, names)
+    assert_close(names["masked"], names["loss"][names["mask"] == 1].mean())
+    assert_close(names["weighted"], (names["loss"].mean((1, 2)) * names["w"]).mean())
+    names = copier()
+    names["known"] = torch.tensor([True, False]).expand(8, 2)
+    exec(inpainting, names)
+    assert_close(names["x"][:, 0], names["x1"][:, 0])
+    assert names["x"][:, 1].isfinite().all()
+    (norm,) = re.findall(r"norm=(lambda error.*?sqrt\(\))", README)
+    error, mask = torch.randn(2, 3, 4, 5).unbind()
+    mask = (mask > 0).float()
+    mask[:, 0, 0] = 1
+    sizes = eval(norm)(error, mask=mask, y=1)
+    for i in range(3):
+        assert_close(sizes[i], error[i][mask[i] == 1].square().mean().sqrt())
+
+
+ENDS = re.findall(
+    r"^\| (velocity|noise, score|data) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", README, re.M
+)
+
+
+def test_readme_says_which_ends_are_singular():
+    table = {row[0]: row[1:] for row in ENDS}
+    assert set(table) == {"velocity", "noise, score", "data"}
+    paths = ((OT, STRAIGHT, COSINE), (VP,), (VE,))
+    for kinds, cells in table.items():
+        for kind in kinds.split(", "):
+            for column, cell in enumerate(cells):
+                for path in paths[column]:
+                    for t in path.t_span:
+                        x = torch.randn(2, 2)
+                        if t == 0 and "not at t = 0" in cell:
+                            with pytest.raises(ValueError, match="singular at t = 0"):
+                                path.convert(t, x, x, kind, "velocity")
+                        else:
+                            assert path.convert(t, x, x, kind, "velocity").isfinite().all()
 
 
 def test_readme_commands_and_image_blocks_run_in_their_order(tmp_path, monkeypatch, capsys):
@@ -3493,6 +3610,9 @@ def test_readme_commands_and_image_blocks_run_in_their_order(tmp_path, monkeypat
     monkeypatch.setattr(train_cifar, "write_picture", Mock())  # slow, and tested above
     tiny_cifar(tmp_path / "data", monkeypatch)
     paint(tmp_path / "FOLDER", 8)
+    drawing = Image.new("L", (9, 9), "white")
+    drawing.putpixel((3, 4), 0)
+    drawing.save(tmp_path / "drawing.png")
     net = UNet(channels=8, channel_mult=(1, 1, 1, 1), num_res_blocks=1, head_channels=8)
     torch.save({"ema_model": adm(net)}, tmp_path / "FILE")
     pixels = np.random.default_rng(0).integers(0, 256, (60, 784))
@@ -3507,9 +3627,9 @@ def test_readme_commands_and_image_blocks_run_in_their_order(tmp_path, monkeypat
         elif kind == "sh":
             seen += sum(run_readme_line(line) for line in block.splitlines())
     seen += sum(run_readme_line(line) for line in INLINE)
-    assert seen == 24 - (not SCIPY)
-    assert Image.open(tmp_path / "table1.png").size == (40 * 30 + 2, 5 * 30 + 2)
-    assert Image.open(tmp_path / "figure6.png").size == (11 * 30 + 2, 4 * 30 + 2)
+    assert seen >= 24 - 2 * (not SCIPY)
+    for picture in ("digits.png", "table1.png", "figure6.png"):
+        assert Image.open(tmp_path / picture).width <= 900
 
 
 def run_readme_line(line):
@@ -3525,7 +3645,8 @@ def run_readme_line(line):
     if not program.endswith(("train_toy", "train_cifar")) or "ablation" in line and not SCIPY:
         return 0
     if program == "python train_toy":
-        if flags.strip() not in TOY_RUNS:  # these are run for the tests of the toy
+        flags = re.sub(" --out runs/[a-z]+", "", flags).strip()
+        if flags not in TOY_RUNS:  # these are run for the tests of the toy
             train_toy.main([*flags.split(), *SHORT.split()])
     elif program == "python train_cifar":
         evaluates = "--sample" in flags or "--bpd" in flags
@@ -3550,7 +3671,7 @@ def test_readme_table_names_functions_and_tests_that_exist():
     assert len(rows) >= 12
     for function, test in rows:
         assert hasattr(fm, function) and callable(globals()[test]), (function, test)
-    table = README.split("## What is where")[1].split("Test everything")[0]
+    table = README.split("What is where<")[1].split("Test everything")[0]
     ranges = re.findall(r"\((\d+)\)(?:-\((\d+)\))?", table)
     found = {n for first, last in ranges for n in range(int(first), int(last or first) + 1)}
     assert found >= {1, 6, 8, 10, 11, *range(14, 24), 26, 33, 34, 37, 47}
