@@ -1888,7 +1888,7 @@ def test_toy_seed_decides_weights_and_numbers_and_load_restores_them(toy_runs):
 def test_train_toy_from_the_command_line(tmp_path):
     command = [sys.executable, "-W", "error", "train_toy.py", "--path", "ve", *SHORT.split()]
     command += ["--net", "paper", "--data", "8gaussians", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=HERE, timeout=60, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=HERE, timeout=300, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     flow = train_toy.load(tmp_path / "model_ve.pt")
     assert isinstance(flow.path, fm.VEPath) and flow.layers[0].in_features == 3
