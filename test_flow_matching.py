@@ -2538,26 +2538,26 @@ def endless_slope(loss):
     return loss + (0 * loss).sqrt()
 
 
-NOT_FINITE = [  # settings, the step that is looked at, the step of the checkpoint
-    ("--log-every 2 --save-every 100", not_a_number, 6, None),
-    ("--log-every 2 --save-every 100", endless_slope, 6, None),
-    ("--log-every 2 --save-every 3", not_a_number, 6, 3),
-    ("--log-every 100 --save-every 3", not_a_number, 6, 3),
-    ("--log-every 100 --save-every 3", endless_slope, 6, 3),
-    ("--log-every 4 --save-every 4 --picture-every 7", not_a_number, 7, 4),
+NOT_FINITE = [  # settings, the step that breaks, the step that is looked at, that of the checkpoint
+    ("--log-every 2 --save-every 100", not_a_number, 5, 6, None),
+    ("--log-every 2 --save-every 100", endless_slope, 6, 6, None),
+    ("--log-every 2 --save-every 3", not_a_number, 5, 6, 3),
+    ("--log-every 100 --save-every 3", not_a_number, 5, 6, 3),
+    ("--log-every 100 --save-every 3", endless_slope, 6, 6, 3),
+    ("--log-every 4 --save-every 4 --picture-every 7", not_a_number, 5, 7, 4),
 ]
 
 
-@cases("flags, change, step, saved", NOT_FINITE)
+@cases("flags, change, bad, step, saved", NOT_FINITE)
 def test_not_finite_stops_the_run_and_keeps_the_checkpoint(
-    cifar, tmp_path, monkeypatch, flags, change, step, saved
+    cifar, tmp_path, monkeypatch, flags, change, bad, step, saved
 ):
     calls = []
 
     def broken(*args, **kwargs):
         loss = cfm_loss(*args, **kwargs)
         calls.append(loss)
-        if len(calls) == 5:
+        if len(calls) == bad:
             loss = change(loss)
         return loss
 
@@ -2837,7 +2837,7 @@ def test_a_tenth_of_the_labels_is_hidden():
     assert set(labels[hidden].tolist()) == {0, 1, 2}
 
 
-@cases("path", [OT, VP])
+@cases("path", [OT, VP, INNER])
 def test_late_times_are_one_minus_a_power_of_uniform_times(path):
     start, end = path.t_span
     torch.manual_seed(1)
