@@ -399,7 +399,11 @@ class Mixture:
 
     def field(self, path, t, x):
         """u_t(x), Eq. (8), in closed form: Marginal's on the path of x1 + N(0, noise^2 I)."""
-        return fm.Marginal(blurred(path, self.noise), self.centres)(t, x)
+        marginal = fm.Marginal(blurred(path, self.noise), self.centres)
+        parts = []
+        for t_part, x_part in zip(t.split(4096), x.split(4096)):  # 4096 x N weights at a time
+            parts.append(marginal(t_part, x_part))
+        return torch.cat(parts)
 
 
 def blurred(path, std):
@@ -823,6 +827,7 @@ def run(args):
         flows[name] = flow
         results[name] = measure(flow, method, data, args)
         results[name]["seconds"] = seconds
+    print(table(results))  # before the pictures, for which the disk may be too full
     draw_samples(flows, data, args)
     if args.ablation:
         draw_flow({name: flows[name] for name in MAIN_ROWS}, args)
@@ -830,7 +835,6 @@ def run(args):
         draw_flow(flows, args)
     state = {"settings": vars(args), "results": results}
     (args.out / "metrics.json").write_text(json.dumps(state, indent=1, default=str))
-    print(table(results))
     print(f"\npictures, metrics.json and weights are in {args.out}")
 
 
