@@ -8,7 +8,7 @@
     python train_cifar.py --bpd 1000                      bits per dimension of held-out images
 
 What the command line does not say comes from the checkpoint in --out, and without one from the
-recipe.
+recipe. The defaults below are those of --recipe modern.
 """
 
 import argparse
@@ -95,6 +95,9 @@ LAPTOP = {  # Departure: ten minutes on two CPU cores, in many small steps
     "picture_every": 1000,
 }
 RECIPES = {"modern": MODERN, "paper": PAPER, "laptop": LAPTOP}
+# Settings of one command alone, which a checkpoint does not keep.
+NOT_OF_THE_RUN = ["out", "device", "sample", "bpd", "method", "tol", "solver_steps", "guidance"]
+NOT_OF_THE_RUN += ["K", "probes", "eval_batch"]
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -132,7 +135,7 @@ def parse_args(argv=None):
     group.add_argument("--test",
         help="held-out images: a folder, or cifar10; for --data cifar10 its own test images")
     group.add_argument("--size", type=int,
-        help="width of the images in pixels: the central square of a picture, averaged")
+        help="width of the images in pixels; a picture is cut to its central square and averaged")
     group.add_argument("--grey", action=boolean,
         help="make the images grey, with one channel instead of three")
     group.add_argument("--flip", action=boolean,
@@ -150,7 +153,7 @@ def parse_args(argv=None):
         help="probability path, Section 4.1")
     group.add_argument("--objective", choices=OBJECTIVES, default="velocity",
         help="what is learned, Table 1: velocity is flow matching, noise is DDPM, score and "
-             "scoreflow are score matching; all but velocity need --path vp or ve")
+             "scoreflow are score matching; noise and score need --path vp or ve, scoreflow vp")
     group.add_argument("--late-times", type=float,
         help="P in the training times t = 1 - (1 - u)^P, u uniform in [0, 1]: 1 is uniform, 2 has "
              "more times near the data")
@@ -180,7 +183,7 @@ def parse_args(argv=None):
         help="highest learning rate of Adam")
     group.add_argument("--warmup", type=int,
         help="steps in which the learning rate rises to --lr")
-    group.add_argument("--decay", choices=["none", "linear", "cosine"],
+    group.add_argument("--decay", choices=["none", "linear"],
         help="how the learning rate falls to 1e-8 after --warmup, until --steps")
     group.add_argument("--clip", type=float,
         help="largest norm of the gradient; inf does not clip")
@@ -205,14 +208,16 @@ def parse_args(argv=None):
     group.add_argument("--solver-steps", type=int,
         help="steps of euler (1 network call in each), midpoint (2) or rk4 (4); not for dopri5")
     group.add_argument("--guidance", type=float, default=1.0,
-        help="w in v_none + w (v_label - v_none), which costs two network calls; 1 is no guidance")
+        help="w in v_none + w (v_label - v_none), for samples of labelled runs; it costs two "
+             "network calls; 1 is no guidance")
     group.add_argument("--K", type=int, default=1,
         help="draws of the dequantisation noise of each image, Eq. (47)")
     group.add_argument("--probes", type=int, default=1,
         help="Hutchinson probes of each image, Eq. (34); 0 computes the exact trace, which costs "
              "as many products as an image has values")
     group.add_argument("--eval-batch", type=int, default=64,
-        help="images at a time, on each rank")
+        help="images at a time on each rank in --sample and --bpd; the noise of --bpd depends on "
+             "it")
     # fmt: on
 
     parser.set_defaults(**MODERN)
@@ -233,14 +238,16 @@ def parse_args(argv=None):
 def train(args, checkpoint, device):
     """Trains from the checkpoint, or from new weights, until step --steps."""
     images, held_out, classes = load_data(args, checkpoint)
+    shown = images if held_out is None else held_out  # what --superres enlarges in pictures
     check_settings(args, checkpoint, images, classes)
     net, average, optimizer, first = initial_state(args, checkpoint, classes, device)
-    path = PATHS[args.path]()
-    v = fm.as_velocity(average, path, OBJECTIVES[args.objective]["predict"])
+    v, path = field(vars(args), average)
     if args.compile:
         net.compile()
     model = DistributedDataParallel(net) if WORLD > 1 else net
     batches = batch_loader(args, images, first, device)
+    check_ranks(first, device)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     print_settings(args, checkpoint, len(images), first)
     allow_tf32(True)
     totals = torch.zeros(2, device=device)  # of loss and gradient norm, since the last log line
@@ -249,8 +256,8 @@ def train(args, checkpoint, device):
     for step, (pixels, labels) in enumerate(batches, first):
         # All that is random in a step is a function of seed, step and rank.
         torch.manual_seed(args.seed + 1000 * (step * WORLD + RANK))
-        pixels = pixels.to(device, non_blocking=True)
-        labels = labels.to(device, non_blocking=True)
+        pixels = pixels.to(device, non_blocking=device.type == "cuda")  # from pinned memory
+        labels = labels.to(device, non_blocking=device.type == "cuda")
         x1, cond = draw_batch(args, pixels, labels, classes)
         t = draw_times(args, path, len(x1), device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -277,8 +284,43 @@ def train(args, checkpoint, device):
         if last or done % args.picture_every == 0:
             look(args, totals, done)
             if RANK == 0:
-                write_picture(args, v, path, classes, held_out or images, done, device)
+                write_picture(args, v, path, classes, shown, done, device)
     print(f"done: {args.out} is at step {max(first, args.steps)}")
+
+
+def check_numbers(args):
+    """Refuses numbers that would be found out late or mean something else."""
+    least = {
+        "sample": 0,
+        "bpd": 0,
+        "size": 1,
+        "superres": 1,
+        "workers": 0,
+        "batch": 1,
+        "steps": 1,
+        "log_every": 1,
+        "save_every": 1,
+        "picture_every": 1,
+        "eval_batch": 1,
+        "K": 1,
+        "probes": 0,
+    }
+    for name, smallest in least.items():
+        value = getattr(args, name)
+        if value < smallest:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {smallest}; got {value}")
+    if not 0 <= args.seed <= 999:
+        raise ValueError(f"--seed must lie in 0 to 999, or runs share noise; got {args.seed}")
+    if not args.late_times > 0:
+        raise ValueError(f"--late-times must be above 0; got {args.late_times}")
+    if args.size % args.superres != 0:
+        raise ValueError(f"--size {args.size} must be a multiple of --superres {args.superres}")
+    if args.guidance != 1 and not args.conditional:
+        raise ValueError("--guidance needs a run with --conditional")
+    if args.method == "dopri5" and args.solver_steps is not None:
+        raise ValueError("--solver-steps is for --method euler, midpoint or rk4; dopri5 has --tol")
+    if args.method != "dopri5" and args.solver_steps is None:
+        raise ValueError(f"--method {args.method} needs --solver-steps")
 
 
 def check_settings(args, checkpoint, images, classes):
@@ -290,6 +332,8 @@ def check_settings(args, checkpoint, images, classes):
     if args.objective != "velocity" and args.path in ("ot", "cosine"):
         rule = f"--objective {args.objective} tells no velocity at t = 0 of --path {args.path}"
         raise ValueError(f"{rule}, where sampling starts: use --path vp")
+    if args.objective == "scoreflow" and args.path != "vp":
+        raise ValueError(f"--objective scoreflow has a weight of --path vp, not of {args.path}")
     if checkpoint is not None:
         check_network(args, checkpoint, classes)
 
@@ -305,7 +349,9 @@ def check_network(args, checkpoint, classes):
     for name, value in wanted.items():
         if value != stored[name]:
             rule = f"{args.out} was trained with {name} {stored[name]}, not {value}"
-            raise ValueError(f"{rule}: begin another --out, with --init {args.out}/checkpoint.pt")
+            raise ValueError(f"{rule}: leave that out, or begin another --out")
+    if args.init != checkpoint["args"]["init"]:
+        raise ValueError(f"--init is for new runs, and {args.out} has a checkpoint")
 
 
 def print_settings(args, checkpoint, count, first):
@@ -317,6 +363,15 @@ def print_settings(args, checkpoint, count, first):
             if now != value:
                 print(f"changed since the checkpoint: {name} was {value} and is {now}")
     print(f"{count:,} images, {WORLD} ranks, from step {first}", flush=True)
+
+
+def check_ranks(first, device):
+    """Refuses ranks that go on from different steps, as on nodes without a common --out."""
+    if WORLD > 1:
+        steps = torch.tensor([first, -first], device=device)
+        dist.all_reduce(steps, dist.ReduceOp.MAX)
+        if steps.sum() != 0:
+            raise ValueError("the ranks have different checkpoints: give all nodes one --out")
 
 
 def batch_loader(args, images, first, device):
@@ -370,9 +425,9 @@ def conditions(args, pixels, labels):
 def draw_times(args, path, count, device):
     """Training times (B,): 1 - (1 - u)^P of path.t_span, u uniform in [0, 1)."""
     # Departure: the paper's times are uniform, which P = 1 gives.
-    start, end = path.t_span
-    u = (path.sample_t(count, device) - start) / (end - start)
-    return start + (end - start) * (1 - (1 - u) ** args.late_times)
+    end = path.t_span[1]  # every path starts at 0
+    u = path.sample_t(count, device) / end
+    return end * (1 - (1 - u) ** args.late_times)
 
 
 def learning_rate(args, step):
@@ -383,8 +438,6 @@ def learning_rate(args, step):
     fall = 1
     if args.decay == "linear":
         fall = left
-    if args.decay == "cosine":
-        fall = (1 - math.cos(math.pi * left)) / 2
     return 1e-8 + (args.lr - 1e-8) * min(rise, fall)
 
 
@@ -419,7 +472,10 @@ def print_progress(args, step, loss, steps_done, began):
 
 
 def allow_tf32(allowed):
-    """For training: likelihoods, and dopri5 at tight tolerances, would see its rounding."""
+    """Sets TF32 and cuDNN's search for fast kernels, which are for training alone.
+
+    Likelihoods, and dopri5 at tight tolerances, would see the rounding.
+    """
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     torch.backends.cudnn.allow_tf32 = allowed
     torch.backends.cudnn.benchmark = allowed
@@ -459,6 +515,10 @@ def new_network(args, classes, device):
         net = UNet.from_adm(theirs, **config)
     else:
         other = torch.load(args.init, "cpu", weights_only=True)
+        for name in ("path", "objective"):
+            theirs = other["args"][name]
+            if getattr(args, name) != theirs:
+                raise ValueError(f"--init {args.init} was trained with --{name} {theirs}: say so")
         net = UNet(**config, time_scale=other["network"]["time_scale"])
         net.load_state_dict(other["average"])
     return net.to(device)
@@ -489,8 +549,10 @@ def initial_state(args, checkpoint, classes, device):
 
 def save_checkpoint(args, step, classes, net, average, optimizer):
     """Replaces checkpoint.pt at once: whoever kills this finds the old one or the new one."""
-    settings = dict(vars(args))
-    del settings["out"], settings["device"]  # of this machine
+    settings = {}
+    for name, value in vars(args).items():
+        if name not in NOT_OF_THE_RUN:
+            settings[name] = value
     state = {
         "step": step,
         "args": settings,
@@ -525,11 +587,15 @@ def load(out, device="cpu"):
     checkpoint = read_checkpoint(out)
     if checkpoint is None:
         raise FileNotFoundError(f"{out} has no checkpoint.pt: train first")
-    settings = checkpoint["args"]
-    path = PATHS[settings["path"]]()
     net = stored_network(checkpoint, "average", device).eval().requires_grad_(False)
-    v = fm.as_velocity(net, path, OBJECTIVES[settings["objective"]]["predict"])
+    v, path = field(checkpoint["args"], net)
     return v, path, net
+
+
+def field(settings, net):
+    """v, path: the velocity field that a network means, by the settings it was trained with."""
+    path = PATHS[settings["path"]]()
+    return fm.as_velocity(net, path, OBJECTIVES[settings["objective"]]["predict"]), path
 
 
 # ---- Data ----
@@ -669,14 +735,15 @@ def generate(args, v, path, numbers, labels, truth, solver):
     """
     noise = []
     for number in numbers:
-        generator = torch.Generator(labels.device).manual_seed(args.seed + 1000 * number)
+        generator = torch.Generator().manual_seed(args.seed + 1000 * number)
         shape = (1, image_channels(args), args.size, args.size)
-        noise.append(path.sample_source(shape, labels.device, generator=generator))
+        noise.append(path.sample_source(shape, generator=generator))  # on the CPU for all devices
+    x0 = torch.cat(noise).to(labels.device)
     cond = conditions(args, truth, labels)
-    field = v
+    guided = v
     if args.guidance != 1:
-        field = fm.classifier_free_guidance(v, args.guidance)
-    solution = odeint(field, torch.cat(noise), path.t_span, cond=cond, **solver)
+        guided = fm.classifier_free_guidance(v, args.guidance)
+    solution = odeint(guided, x0, path.t_span, cond=cond, **solver)
     pixels = to_bytes(solution.x)
     if args.superres > 1:
         pixels = torch.cat([to_bytes(cond["concat"]), pixels, truth], 3)
@@ -688,37 +755,51 @@ def to_bytes(x):
     return ((x + 1) * 128).clamp(0, 255).to(torch.uint8)
 
 
+def labels_and_truth(args, numbers, classes, images, device):
+    """The labels (B,) of these samples and, with --superres, the images that they enlarge."""
+    if args.superres > 1:
+        truth, labels = fetch(images, [number % len(images) for number in numbers], device)
+        return labels, truth
+    return torch.tensor(numbers, device=device) % max(1, len(classes)), None
+
+
 def write_picture(args, v, path, classes, images, step, device):
     """samples/step_N.png: eight samples a row, a row for each of at most ten classes."""
-    rows = min(10, len(classes) or 8)
-    numbers = range(8 * rows)
-    labels = torch.arange(8 * rows, device=device) // 8
-    truth = None
-    if args.superres > 1:
-        truth, _ = fetch(images, [number % len(images) for number in numbers], device)
+    rows = 8
+    if classes:
+        rows = min(10, len(classes))
+    numbers = list(range(8 * rows))
+    labels, truth = labels_and_truth(args, numbers, classes, images, device)
+    if truth is None:
+        labels = torch.arange(8 * rows, device=device) // 8
     solver = {"method": "midpoint", "steps": 10}
     pixels, _ = generate(args, v, path, numbers, labels, truth, solver)
-    save_image(pixels / 255, Path(args.out, "samples", f"step_{step}.png"), nrow=8)
+    folder = Path(args.out, "samples")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_image(pixels / 255, folder / f"step_{step}.png", nrow=8)
 
 
 def evaluate(args, checkpoint, device):
     """--sample and --bpd with the averaged weights of the checkpoint, or with those of --init."""
     allow_tf32(False)
+    if args.bpd > 0 and args.guidance != 1:
+        raise ValueError("--guidance is for samples: --bpd evaluates the density without it")
     if checkpoint is not None:
         classes = checkpoint["classes"]
+        if args.conditional != bool(classes):
+            raise ValueError(f"--conditional is not as {args.out} was trained: leave it out")
         check_network(args, checkpoint, classes)
-        v, path, _ = load(args.out, device)
+        net = stored_network(checkpoint, "average", device)
         source = f"step_{checkpoint['step']}"
     elif args.init is not None:
         classes = []
         if args.conditional:
             _, _, classes = load_data(args, None)
-        path = PATHS[args.path]()
-        net = new_network(args, classes, device).eval().requires_grad_(False)
-        v = fm.as_velocity(net, path, OBJECTIVES[args.objective]["predict"])
-        source = "init"
+        net = new_network(args, classes, device)
+        source = f"init_{Path(args.init).stem}"
     else:
         raise ValueError(f"{args.out} has no checkpoint.pt: train first, or give --init")
+    v, path = field(vars(args), net.eval().requires_grad_(False))
     held_out = None
     if args.bpd > 0 or args.superres > 1:
         held_out = load_test(args, classes)
@@ -732,12 +813,16 @@ def evaluate(args, checkpoint, device):
 
 def solver_keywords(args):
     """What the settings say, as keywords of odeint."""
-    return {"method": args.method, "steps": args.solver_steps, "rtol": args.tol, "atol": args.tol}
+    if args.method == "dopri5":
+        return {"method": "dopri5", "rtol": args.tol, "atol": args.tol}
+    return {"method": args.method, "steps": args.solver_steps}
 
 
 def solver_name(args):
     """The method, with its tolerance or its number of steps."""
-    return f"{args.method}_{args.solver_steps or args.tol:g}"
+    if args.method == "dopri5":
+        return f"dopri5_{args.tol:g}"
+    return f"{args.method}_{args.solver_steps}"
 
 
 def write_samples(args, v, path, classes, images, source, device):
@@ -746,10 +831,7 @@ def write_samples(args, v, path, classes, images, source, device):
     folder = Path(args.out, "samples", name)
     folder.mkdir(parents=True, exist_ok=True)
     for numbers in batches_of_rank(range(args.sample), args.eval_batch):
-        labels = torch.tensor(numbers, device=device) % max(1, len(classes))
-        truth = None
-        if args.superres > 1:
-            truth, _ = fetch(images, [number % len(images) for number in numbers], device)
+        labels, truth = labels_and_truth(args, numbers, classes, images, device)
         pixels, nfe = generate(args, v, path, numbers, labels, truth, solver_keywords(args))
         for number, picture in zip(numbers, pixels):
             to_pil_image(picture).save(folder / f"{number:06d}.png")
@@ -782,7 +864,7 @@ def print_bpd(args, v, path, images, source, device):
     print(f"of {count} held-out images at {source}, NFE {nfe.mean():.1f} by {solver_name(args)}")
     print(f"K = {args.K} draws of noise, {how['divergence']} divergence, {args.probes} probes")
     if args.K > 1 and args.probes > 0:
-        print("biased low: K > 1 averages exponentials of Hutchinson's estimates")
+        print("these bits are biased low: K > 1 averages exponentials of Hutchinson's estimates")
     if args.method != "dopri5":
         print("caution: bits from few fixed steps may be far too low or too high; use dopri5")
 
@@ -823,7 +905,7 @@ def main(argv=None):
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
     try:
         device = start_device(args)
-        Path(args.out, "samples").mkdir(parents=True, exist_ok=True)
+        check_numbers(args)
         if args.sample > 0 or args.bpd > 0:
             evaluate(args, checkpoint, device)
         else:
@@ -834,10 +916,9 @@ def main(argv=None):
         print(f"stopped; {args.out} is saved at step {step}", flush=True)
         sys.exit(130)
     except (ValueError, FileNotFoundError, fm.SolverError) as error:
-        line = (
-            str(error).strip().splitlines()[-1]
-        )  # a worker of DataLoader puts its traceback first
-        sys.exit(f"train_cifar.py: error: {line}")
+        lines = str(error).splitlines()
+        # The last line is the cause: a worker of DataLoader puts its traceback before it.
+        sys.exit(f"train_cifar.py: error: {lines[-1]}")
     barrier()  # nobody leaves before the others
     if WORLD > 1:
         dist.destroy_process_group()

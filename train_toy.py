@@ -74,7 +74,8 @@ def parse_args(argv=None):
         "--objective",
         default="velocity",
         choices=fm.OBJECTIVES,
-        help="what the network predicts, Table 1; scoreflow is a score weighted for likelihood",
+        help="what the network predicts, Table 1; all but velocity need --path vp or ve; scoreflow "
+        "is a score weighted for likelihood and needs vp",
     )
     group.add_argument(
         "--coupling",
@@ -137,7 +138,7 @@ def parse_args(argv=None):
         "--samples",
         type=int,
         default=50000,
-        help="samples in a picture's panel; numbers are of 4000 at most",
+        help="samples in each panel of the pictures; the numbers use as many, 4000 at most",
     )
     group.add_argument(
         "--out", type=Path, default="runs/toy", help="folder for pictures, metrics.json and weights"
@@ -159,10 +160,14 @@ def check_args(p, args):
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as e:
         p.error(f"--device {args.device}: {str(e).splitlines()[0]}")
-    if args.ablation:
-        for name in ("path", "objective", "coupling", "reflow", "sde"):
-            if getattr(args, name) != p.get_default(name):
+    for name in ("path", "objective", "coupling", "reflow", "sde"):
+        if getattr(args, name) != p.get_default(name):
+            if args.ablation:
                 p.error(f"--ablation has its own rows: leave out --{name}")
+            if args.figure:
+                p.error(f"--figure trains nothing: leave out --{name}")
+    if args.figure and args.ablation:
+        p.error("--figure and --ablation are two commands")
     pairs = args.coupling == "ot" or args.reflow > 0
     if pairs and args.sde:
         p.error("--sde needs the score, which v tells only for independent pairs")
@@ -806,6 +811,14 @@ def save_trajectories(file, figure, points):
 
 
 # ---- Command line ----
+def save_metrics(args, results):
+    """metrics.json: the settings and the rows that are there so far."""
+    state = {"settings": vars(args), "results": results}
+    part = args.out / "metrics.part"
+    part.write_text(json.dumps(state, indent=1, default=str))
+    part.replace(args.out / "metrics.json")
+
+
 def run(args):
     """Trains, measures and draws every row of the table, or draws the figure."""
     data = make_data(args.data)
@@ -827,14 +840,13 @@ def run(args):
         flows[name] = flow
         results[name] = measure(flow, method, data, args)
         results[name]["seconds"] = seconds
+        save_metrics(args, results)
     print(table(results))  # before the pictures, for which the disk may be too full
     draw_samples(flows, data, args)
     if args.ablation:
         draw_flow({name: flows[name] for name in MAIN_ROWS}, args)
     else:
         draw_flow(flows, args)
-    state = {"settings": vars(args), "results": results}
-    (args.out / "metrics.json").write_text(json.dumps(state, indent=1, default=str))
     print(f"\npictures, metrics.json and weights are in {args.out}")
 
 
