@@ -830,7 +830,8 @@ def _dopri5(f, x, times, rtol, atol, max_nfe, norm, cond):
             if any_arrived or any_stuck or any_spent:
                 parts = (t, h, x, k, nfe, accepted)
                 batch = [whole.index_copy(0, going, part) for whole, part in zip(batch, parts)]
-                _check_going(going, is_stuck, is_spent, batch)
+                if any_stuck or any_spent:
+                    _fail(going, is_stuck, is_spent, batch)
                 going = going[~arrived]
                 t, h, x, k, nfe, accepted = (whole.index_select(0, going) for whole in batch)
                 cond_going = {name: c.index_select(0, going) for name, c in cond.items()}
@@ -838,18 +839,16 @@ def _dopri5(f, x, times, rtol, atol, max_nfe, norm, cond):
     return xs, batch[4], batch[5]
 
 
-def _check_going(going, is_stuck, is_spent, batch):
+def _fail(going, is_stuck, is_spent, batch):
     """SolverError for the first sample that is stuck or has spent its NFE."""
     t, h, x, _, nfe, _ = batch
     if is_stuck.any():
         i = going[_first_row(is_stuck)]
         why = f"the step is below the resolution of t in {t.dtype}; v is singular or not finite"
         why += " near here, or rtol and atol are too tight"
-    elif is_spent.any():
+    else:
         i = going[_first_row(is_spent)]
         why = "max_nfe is spent; loosen rtol and atol, or raise it; is v stiff?"
-    else:
-        return
     where = f"step {h[i]:.1e} at t = {t[i]:.6g} in sample {i}, NFE {nfe[i]}"
     raise SolverError(f"dopri5: {where}: {why}", t, x)
 
@@ -911,8 +910,8 @@ def _check_start(f, t, x, k, span, cond):
         " per sample in cond; make a coupled system one sample, x[None], or take fixed steps; call"
         " net.eval() where there is dropout or batch norm"
     )
-    last = len(x) - 1
-    copies = [last] if len(x) == 1 else [last, last, last, last]
+    count = 1 if len(x) == 1 else 4
+    copies = torch.full((count,), len(x) - 1, device=x.device)
     try:
         alone = f(t[copies], x[copies], **{name: c[copies] for name, c in cond.items()})
     except Exception as error:
@@ -1110,7 +1109,8 @@ def _check_autodiff(v, t, x, cond):
         v_t = v(t, x, **cond)
         _check_output(v_t, x)
         if v_t.requires_grad:
-            weights = torch.linspace(1, 2, v_t.numel()).to(v_t).reshape(v_t.shape)
+            weights = torch.linspace(1, 2, v_t.numel(), dtype=v_t.dtype, device=v_t.device)
+            weights = weights.reshape(v_t.shape)
             (slope,) = torch.autograd.grad(v_t, x, weights, materialize_grads=True)
             if slope.any():
                 return
