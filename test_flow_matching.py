@@ -2678,7 +2678,7 @@ def test_recipes_are_table_3_and_torchcfm(recipe, values):
     args = vars(settings(f"--recipe {recipe}"))
     assert tuple(args[name] for name in [*names.split(), "attention_resolutions"]) == values
     assert args["steps"] == {"modern": 400_000, "paper": 391_000}[recipe]
-    assert not args["grey"] and args["late_times"] == 1
+    assert not args["grey"] and args["late_times"] == 0
 
 
 @cases("recipe", train_cifar.RECIPES)
@@ -2848,17 +2848,19 @@ def test_a_tenth_of_the_labels_is_hidden():
 
 
 @cases("path", [OT, VP])
-def test_late_times_are_one_minus_a_power_of_uniform_times(path):
-    start, end = path.t_span
+def test_late_times_are_a_share_of_each_batch_and_have_the_law_of_1_minus_u5(path):
+    end = path.t_span[1]
     torch.manual_seed(1)
-    u = (path.sample_t(1000) - start) / (end - start)
-    for power in (1.0, 2.0, 0.5):
-        torch.manual_seed(1)
-        args = settings(f"--late-times {power}")
-        t = train_cifar.draw_times(args, path, 1000, "cpu")
-        assert_close(t, start + (end - start) * (1 - (1 - u) ** power))
-        mean = (t.mean().item() - start) / (end - start)
-        assert mean == pytest.approx(power / (1 + power), abs=0.01)  # of Beta(1, 1 / power)
+    uniform = path.sample_t(1000)
+    torch.manual_seed(1)
+    assert torch.equal(train_cifar.draw_times(settings(""), path, 1000, "cpu"), uniform)
+    for share in (0.2, 0.5):
+        args = settings(f"--late-times {share}")
+        t = train_cifar.draw_times(args, path, 1000, "cpu") / end
+        assert 0 <= t.min() and t.max() <= 1
+        for level in (0.1, 0.5, 0.9, 0.99, 0.999):
+            below = (1 - share) * level + share * (1 - (1 - level) ** (1 / 5))
+            assert (t < level).float().mean().item() == pytest.approx(below, abs=0.004)
 
 
 def test_each_step_gets_its_loss_rate_clipping_and_precision(cifar, monkeypatch):
@@ -3421,7 +3423,8 @@ REFUSED = [  # command line, words of the one line it gets
     ("--eval-batch 0", "--eval-batch must be at least 1"),
     ("--sample -2", "--sample must be at least 0; got -2"),
     ("--seed 1000", "--seed must lie in 0 to 999"),
-    ("--late-times 0", "--late-times must be above 0"),
+    ("--late-times 1", "--late-times is a share, 0 to below 1; got 1.0"),
+    ("--late-times -0.1", "--late-times is a share"),
     ("--superres 3", "--size 8 must be a multiple of --superres 3"),
 ]
 
