@@ -2629,6 +2629,21 @@ def test_a_resumed_run_takes_changed_settings_and_lists_them(cifar, tmp_path):
     assert "lr=0.0005" in text.splitlines()[0] and "changed" not in text
 
 
+def test_a_resumed_run_says_that_images_or_ranks_are_others(cifar, tmp_path):
+    assert cifar("--steps 3")[0] is None
+    state = read(tmp_path / "run")
+    state["images"] += 1
+    state["ranks"] = 2
+    torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    _, text = cifar("--steps 3", new=False)
+    count = state["images"] - 1
+    assert text.splitlines()[1:3] == [
+        f"changed since the checkpoint: images was {count + 1} and is {count}",
+        "changed since the checkpoint: ranks was 2 and is 1",
+    ]
+    assert text.count("changed") == 2
+
+
 def test_a_run_that_was_moved_goes_on_where_it_is(cifar, tmp_path):
     assert cifar("--steps 3")[0] is None
     (tmp_path / "run").rename(tmp_path / "moved")

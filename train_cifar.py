@@ -280,7 +280,7 @@ def train(args, checkpoint, device):
         if last or done % args.save_every == 0:
             look(args, totals, done)
             if RANK == 0:
-                save_checkpoint(args, done, classes, net, average, optimizer)
+                save_checkpoint(args, done, len(images), classes, net, average, optimizer)
         if last or done % args.picture_every == 0:
             look(args, totals, done)
             if RANK == 0:
@@ -355,14 +355,19 @@ def check_network(args, checkpoint, classes):
 
 
 def print_settings(args, checkpoint, count, first):
-    """The first lines of a training: the settings, and those that are not the checkpoint's."""
+    """The first lines of a training: the settings, and what is not as in the checkpoint."""
     print("  ".join(f"{name}={value}" for name, value in vars(args).items()))
     if checkpoint is not None:
         for name, value in checkpoint["args"].items():
-            now = getattr(args, name)
-            if now != value:
-                print(f"changed since the checkpoint: {name} was {value} and is {now}")
+            print_change(name, value, getattr(args, name))
+        print_change("images", checkpoint.get("images", count), count)  # version 3.0 had none
+        print_change("ranks", checkpoint.get("ranks", WORLD), WORLD)
     print(f"{count:,} images, {WORLD} ranks, from step {first}", flush=True)
+
+
+def print_change(name, before, now):
+    if now != before:
+        print(f"changed since the checkpoint: {name} was {before} and is {now}")
 
 
 def check_ranks(first, device):
@@ -554,7 +559,7 @@ def initial_state(args, checkpoint, classes, device):
     return net, average.eval().requires_grad_(False), optimizer, first
 
 
-def save_checkpoint(args, step, classes, net, average, optimizer):
+def save_checkpoint(args, step, count, classes, net, average, optimizer):
     """Replaces checkpoint.pt at once: whoever kills this finds the old one or the new one."""
     settings = {}
     for name, value in vars(args).items():
@@ -563,6 +568,8 @@ def save_checkpoint(args, step, classes, net, average, optimizer):
     state = {
         "step": step,
         "args": settings,
+        "images": count,
+        "ranks": WORLD,
         "classes": classes,
         "network": net.config,
         "net": net.state_dict(),
