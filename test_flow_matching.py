@@ -1853,8 +1853,8 @@ def test_toy_figure_says_what_is_straight_and_that_the_exact_field_memorises(toy
     rows = {" ".join(line[:28].split()): numbers_in(line[28:]) for line in text.splitlines()}
     for straight in ("single pairs in 2-D", "single pairs in 30-D", "exact flow, 1 point"):
         assert rows[f"{straight} OT"] == [1, 0, 0]
-    arc, bend, overshoot = rows["single pairs in 2-D VP"]
-    assert abs(arc - 1.062) < 0.01 and bend > 2 and abs(overshoot - 0.26) < 0.015
+    arc, bend, outside = rows["single pairs in 2-D VP"]
+    assert abs(arc - 1.062) < 0.01 and bend > 2 and abs(outside - 0.26) < 0.015
     assert rows["single pairs in 30-D VP"][2] < 0.002
     assert rows["exact flow of the data OT"][0] > 1.5  # the marginal flow is another thing
     assert rows["exact flow of the data VP"][1] < 0.3 * bend
@@ -1944,11 +1944,11 @@ def test_toy_gap_excess_and_nfe_of_a_field_of_another_width():
     assert nfe.max() > nfe.mean() + 0.5
 
 
-@cases("turn, overshoot", [(math.pi / 2, 0.0), (3 * math.pi / 2, 1.0)])
-def test_straightness_of_circular_arcs(turn, overshoot):
+@cases("turn, outside", [(math.pi / 2, 0.0), (3 * math.pi / 2, 1.0)])
+def test_straightness_of_circular_arcs(turn, outside):
     angle = torch.linspace(0, turn, 1001)[:, None]
     xs = torch.stack([angle.cos(), angle.sin()], 2)  # chord sqrt(2)
-    wanted = turn / math.sqrt(2), turn**2 - 2, overshoot
+    wanted = turn / math.sqrt(2), turn**2 - 2, outside
     assert_close(train_toy.straightness(xs), wanted, atol=1e-4, rtol=1e-4)
 
 

@@ -540,13 +540,16 @@ def energy_distance(x, y):
 
 
 def straightness(xs):
-    """Median arc / chord, bend and overshoot of trajectories xs (T, n, d); 1, 0, 0 if straight."""
+    """Median arc / chord, bend and share outside of trajectories xs (T, n, d); 1, 0, 0 if straight.
+
+    outside: the share of them that leave the slab between their ends, on either side.
+    """
     chord = xs[-1] - xs[0]
     legs = xs.diff(dim=0)
     arc = legs.norm(dim=2).sum(0) / chord.norm(dim=1)  # a ratio whose mean may be infinite
     bend = (legs * len(legs) - chord).square().sum(2)  # |(x1 - x0) - v|^2 of Liu et al. (2022)
     progress = ((xs - xs[0]) * chord).sum(2) / chord.square().sum(1)
-    outside = (progress - 0.5).abs().amax(0) > 0.501  # of the slab between the ends
+    outside = (progress - 0.5).abs().amax(0) > 0.501
     return arc.median().item(), bend.mean().item(), outside.double().mean().item()
 
 
@@ -742,7 +745,7 @@ def draw_figure(data, args):
     """paths.png. Returns what is straight, exact Euler steps and what is memorised, as text."""
     paths = {"OT": fm.OTPath(args.sigma_min), "VP": fm.VPPath()}
     points = data.sample(1000)
-    lines = [f"{'':28s}arc / chord     bend  overshoot"]
+    lines = [f"{'':28s}arc / chord     bend    outside"]
     figure = {}
     for name, path in paths.items():
         times = torch.linspace(*path.t_span, 101)
@@ -755,8 +758,8 @@ def draw_figure(data, args):
             x0 = torch.randn(1000, 2)
             trajectories[title] = fm.odeint(u, x0, times).xs
         for title, xs in trajectories.items():
-            arc, bend, overshoot = straightness(xs)
-            lines.append(f"{title:24s}{name:4s}{arc:13.3f}{bend:9.3f}{overshoot:11.3f}")
+            arc, bend, outside = straightness(xs)
+            lines.append(f"{title:24s}{name:4s}{arc:13.3f}{bend:9.3f}{outside:11.3f}")
         figure[name] = trajectories
     save_trajectories(args.out / "paths.png", figure, points)
     ends = figure["VP"]["exact flow, 1000 points"][-1]
