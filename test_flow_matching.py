@@ -2015,6 +2015,21 @@ def test_toy_networks_of_every_objective_minimise_a_loss_of_their_own():
 
 
 @needs_scipy
+def test_each_round_of_reflow_learns_from_the_last(monkeypatch):
+    teachers = []
+
+    def train_once(name, method, data, args, teacher=None):
+        teachers.append(teacher)
+        return len(teachers)
+
+    monkeypatch.setattr(train_toy, "train_once", train_once)
+    for rounds in range(4):
+        teachers.clear()
+        method = train_toy.Method("ot", "velocity", "independent", rounds)
+        assert train_toy.train("reflow", method, None, None) == rounds + 1
+        assert teachers == [None, *range(1, rounds + 1)]
+
+
 def test_reflow_and_minibatch_coupling_straighten_and_sde_samples_agree():
     runs = []
     for flags in ("--sde", "--reflow 1", "--coupling ot"):
@@ -2259,6 +2274,9 @@ BAD_TOY = {
     "--path vp --coupling ot": "need psi_0(x0) = x0, so --path ot; got vp",
     "--ablation --objective noise": "--ablation has its own rows: leave out --objective",
     "--ablation --sde": "--ablation has its own rows: leave out --sde",
+    "--figure --path vp": "--figure trains nothing: leave out --path",
+    "--figure --sde": "--figure trains nothing: leave out --sde",
+    "--figure --ablation": "--figure and --ablation are two commands",
     "--sde --coupling ot": "--sde needs the score",
     "--sde --reflow 1": "--sde needs the score",
     "--out README.md": "README.md",
@@ -2292,6 +2310,7 @@ def test_toy_learning_rate_warms_up_and_falls_as_a_cosine(monkeypatch):
     class Adam(torch.optim.Adam):
         def step(self):
             rates.append(self.param_groups[0]["lr"])
+            assert self.param_groups[0]["betas"] == (0.9, 0.99)
             super().step()
 
     monkeypatch.setattr(torch.optim, "Adam", Adam)
@@ -2301,9 +2320,10 @@ def test_toy_learning_rate_warms_up_and_falls_as_a_cosine(monkeypatch):
     assert_near(rates[:200], (cosine[:200] * np.linspace(0.005, 1, 200)).tolist(), 1e-9)
 
 
-def test_train_toy_stops_where_the_loss_is_not_finite(tmp_path):
-    with pytest.raises(SystemExit, match="ot: the loss is not finite at step 500: lower --lr"):
-        train_toy.main(f"--lr 1e30 --steps 600 --batch 4 --out {tmp_path}".split())
+@cases("steps, seen", [(600, 500), (300, 300)])
+def test_train_toy_stops_where_the_loss_is_not_finite(tmp_path, steps, seen):
+    with pytest.raises(SystemExit, match=f"ot: the loss is not finite at step {seen}: lower --lr"):
+        train_toy.main(f"--lr 1e30 --steps {steps} --batch 4 --out {tmp_path}".split())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -2522,7 +2542,7 @@ def test_a_checkpoint_is_on_disk_before_it_replaces_the_old_one(cifar, tmp_path,
     assert names == {"checkpoint.pt", "samples"}
 
 
-@cases("call, saved", [(2, 0), (5, 3)])
+@cases("call, saved", [(2, "has no checkpoint yet"), (5, "is saved at step 3")])
 def test_ctrl_c_names_the_step_of_the_last_checkpoint(cifar, monkeypatch, call, saved):
     draw_batch = train_cifar.draw_batch
     calls = []
@@ -2536,7 +2556,7 @@ def test_ctrl_c_names_the_step_of_the_last_checkpoint(cifar, monkeypatch, call, 
     monkeypatch.setattr(train_cifar, "draw_batch", interrupted)
     code, text = cifar("--steps 9")
     assert code == 130
-    assert text.splitlines()[-1] == f"stopped; run is saved at step {saved}"
+    assert text.splitlines()[-1] == f"stopped; run {saved}"
 
 
 def not_a_number(loss):
@@ -2946,6 +2966,60 @@ def test_average_warms_up_as_its_closed_form_says(decay):
     assert average.weight.item() == pytest.approx(expected)
 
 
+def test_each_step_gets_its_own_seed_times_and_place_in_the_average(cifar, monkeypatch):
+    seeds = []
+    times = []
+    averaged = []
+    progress = []
+    drawn = torch.linspace(0.1, 0.9, 8)
+    manual_seed = torch.manual_seed
+
+    def watched_seed(seed):
+        seeds.append(seed)
+        return manual_seed(seed)
+
+    def watched_loss(*args, t, **kwargs):
+        times.append(t)
+        return cfm_loss(*args, t=t, **kwargs)
+
+    def watched_average(average, net, decay, step):
+        averaged.append((decay, step))
+
+    monkeypatch.setattr(torch, "manual_seed", watched_seed)
+    monkeypatch.setattr(train_cifar, "draw_times", lambda args, path, count, device: drawn[:count])
+    monkeypatch.setattr(train_cifar, "cfm_loss", watched_loss)
+    monkeypatch.setattr(train_cifar, "update_average", watched_average)
+    monkeypatch.setattr(train_cifar, "print_progress", lambda args, *rest: progress.append(rest))
+    flags = "--seed 7 --ema 0.5 --log-every 1"
+    assert cifar(f"--steps 2 {flags}")[0] is None
+    assert seeds[:3] == [7, 7, 1007]  # of the weights, of the first step, of the second
+    seeds.clear()
+    assert cifar("--steps 4", new=False)[0] is None
+    assert seeds[-2:] == [2007, 3007]
+    assert len(times) == 4 and all(t is times[0] or torch.equal(t, times[0]) for t in times)
+    assert torch.equal(times[0], drawn[: len(times[0])])
+    assert averaged == [(0.5, 0), (0.5, 1), (0.5, 2), (0.5, 3)]
+    assert [(step, steps_done) for step, _, steps_done, _ in progress] == [
+        (1, 1),
+        (2, 2),
+        (3, 1),
+        (4, 2),
+    ]
+
+
+def test_superres_without_held_out_images_shows_those_of_training(cifar, tmp_path):
+    assert cifar("--superres 2 --steps 1 --picture-every 1")[0] is None
+    assert Image.open(tmp_path / "run" / "samples" / "step_1.png").width > 8 * 3 * 8
+
+
+def test_ranks_are_compared_before_they_train(cifar, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_cifar, "check_ranks", lambda first, device: seen.append(first))
+    assert cifar("--steps 2")[0] is None
+    assert cifar("--steps 3", new=False)[0] is None
+    assert seen == [0, 2]
+
+
 def test_each_step_moves_the_average_to_the_new_weights(cifar, tmp_path):
     assert cifar("--steps 3 --ema 0")[0] is None
     state = read(tmp_path / "run")
@@ -2968,6 +3042,7 @@ def test_tf32_is_for_training_alone(cifar, monkeypatch):
         assert cifar(f"--sample 1 {EULER}", new=False)[0] is None
         assert torch.get_float32_matmul_precision() == "highest"
         assert not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cudnn.benchmark
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -3267,6 +3342,7 @@ def test_a_row_of_the_picture_is_a_class(tmp_path, monkeypatch):
     seen = []
 
     def watched(args, v, path, numbers, labels, truth, solver):
+        assert solver == {"method": "midpoint", "steps": 10}
         seen.append((list(numbers), labels.tolist()))
         return torch.zeros(len(numbers), 1, 2, 2), None
 
@@ -3417,8 +3493,10 @@ def test_init_takes_weights_of_torchcfm_and_of_other_runs(cifar, tmp_path):
         error, text = cifar("--steps 2", out=out, new=False)
         assert error is None and "from step 1" in text
         assert cifar(f"--init {source} --sample 2 {EULER}", out=f"of {out}")[0] is None
-        files = list((tmp_path / f"of {out}" / "samples").glob("init_*/*.png"))
-        assert len(files) == 2
+        (folder,) = (tmp_path / f"of {out}" / "samples").iterdir()
+        assert len(list(folder.glob("*.png"))) == 2
+        name = "one_checkpoint" if out == "two" else f"{tmp_path.name}_theirs"
+        assert folder.name.startswith(f"init_{name}_euler")
         assert not (tmp_path / f"of {out}" / "checkpoint.pt").exists()
 
 
@@ -3438,14 +3516,40 @@ REFUSED = [  # command line, words of the one line it gets
     ("--eval-batch 0", "--eval-batch must be at least 1"),
     ("--sample -2", "--sample must be at least 0; got -2"),
     ("--seed 1000", "--seed must lie in 0 to 999"),
+    ("--lr 0", "--lr must be above 0; got 0.0"),
+    ("--lr -0.001", "--lr must be above 0"),
+    ("--lr nan", "--lr must be above 0"),
+    ("--clip 0", "--clip must be above 0, and inf does not clip; got 0.0"),
+    ("--clip -1", "--clip must be above 0"),
+    ("--ema 1", "--ema must lie in 0 to below 1; got 1.0"),
+    ("--ema -0.1", "--ema must lie in 0 to below 1"),
+    ("--dropout 1", "--dropout must lie in 0 to below 1; got 1.0"),
+    ("--init train/a/000.png", "train/a/000.png is no file of weights that torch can load"),
+    ("--out train/a/000.png", "train/a/000.png"),
+    ("--device cuda", "--device cuda: torch finds no GPU"),
+    ("--device mps", "--device mps: torch finds no GPU of Apple"),
     ("--late-times 1", "--late-times is a share, 0 to below 1; got 1.0"),
     ("--late-times -0.1", "--late-times is a share"),
     ("--superres 3", "--size 8 must be a multiple of --superres 3"),
 ]
 
 
+COUNTS = "size superres batch steps log-every save-every picture-every eval-batch K"
+FROM_0 = "sample bpd workers warmup probes"
+
+
+@cases("name", COUNTS.split() + FROM_0.split())
+def test_counts_below_their_least_value_are_refused(name):
+    least = 0 if name in FROM_0.split() else 1
+    train_cifar.check_numbers(settings(f"--{name} {least}"))
+    with pytest.raises(ValueError, match=f"--{name} must be at least {least}; got {least - 1}"):
+        train_cifar.check_numbers(settings(f"--{name} {least - 1}"))
+
+
 @cases("flags, words", REFUSED, ids=[flags for flags, _ in REFUSED])
-def test_refused_in_one_line(cifar, tmp_path, flags, words):
+def test_refused_in_one_line(cifar, tmp_path, monkeypatch, flags, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     error, text = cifar(flags)
     if error == 2:  # argparse's, after a line on usage
         error = text.splitlines()[-1]
@@ -3497,11 +3601,77 @@ def test_ranks_that_go_on_from_different_steps_are_refused(monkeypatch):
 
 def test_init_of_another_path_or_objective_is_refused(cifar):
     assert cifar("--steps 1 --path vp --objective noise", out="vp")[0] is None
-    for flags in ("", "--sample 1"):
-        error, _ = cifar(f"--init vp/checkpoint.pt {flags}")
-        assert "vp/checkpoint.pt was trained with --path vp: say so" in error
-    given = f"--init vp/checkpoint.pt --path vp --objective noise --sample 1 {EULER}"
-    assert cifar(given)[0] is None
+    given = "--init vp/checkpoint.pt"
+    for flags, right in (
+        ("", "--path vp"),
+        ("--sample 1", "--path vp"),
+        ("--path vp", "--objective noise"),
+        ("--path vp --objective noise --head-channels 4", "--head-channels 12"),
+    ):
+        error, _ = cifar(f"{given} {flags}")
+        assert f"vp/checkpoint.pt was trained with {right}: say so" in error
+    given += " --path vp --objective noise"
+    error, _ = cifar(f"{given} --grey")
+    assert "vp/checkpoint.pt has another network than the settings ask for" in error
+    assert "\n" not in error and "'in_channels': 3" in error
+    assert cifar(f"{given} --sample 1 {EULER}")[0] is None
+
+
+def test_init_without_adm_of_weights_of_others_is_refused(cifar):
+    torch.save({"ema_model": {}}, "theirs.pt")
+    error, _ = cifar("--init theirs.pt")
+    assert "theirs.pt is no checkpoint of train_cifar.py" in error and "as adm:theirs.pt" in error
+
+
+def test_superres_of_another_factor_is_refused(cifar):
+    assert cifar("--superres 4 --steps 1 --test test")[0] is None
+    for flags in ("--sample 1", "--bpd 1", "--steps 2"):
+        error, _ = cifar(f"{flags} --superres 2", new=False)
+        assert "run was trained with superres 4, not 2" in error
+    error, _ = cifar("--init run/checkpoint.pt --superres 2 --steps 1", out="other")
+    assert "run/checkpoint.pt was trained with --superres 4: say so" in error
+
+
+def test_older_samples_in_the_folder_are_named(cifar):
+    assert cifar("--steps 1")[0] is None
+    _, text = cifar(f"--sample 3 {EULER}", new=False)
+    assert "earlier" not in text
+    _, text = cifar(f"--sample 2 {EULER}", new=False)
+    assert re.search(r"holds 3 PNG files, some from an earlier command$", text.strip())
+
+
+def test_what_the_system_refuses_is_one_line(cifar, monkeypatch):
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", Mock(side_effect=full))
+    assert cifar("--steps 1")[0] == f"train_cifar.py: error: {full}"
+    offline = OSError("no route to host")
+    monkeypatch.setattr(train_cifar, "CIFAR10", Mock(side_effect=offline))
+    error, _ = cifar("--data cifar10")
+    assert "could not be downloaded (no route to host): put cifar-10-python.tar.gz into" in error
+
+
+def test_a_folder_or_picture_that_cannot_be_read_is_named(cifar, monkeypatch):
+    def walk(folder, *, onerror, followlinks):
+        onerror(PermissionError(13, "Permission denied", "train/secret"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_cifar.os, "walk", walk)
+        assert "train/secret" in cifar("--steps 1")[0]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert re.search(r"train.[ab].\d+.png cannot be read as a picture", cifar("--steps 1")[0])
+
+
+@cases("precision, wanted", [("fp32", False), ("bf16", True)])
+def test_autocast_is_for_bf16_alone(monkeypatch, precision, wanted):
+    autocast = Mock(side_effect=RuntimeError("unsupported autocast device_type mps"))
+    monkeypatch.setattr(torch, "autocast", autocast)
+    args = settings(f"--precision {precision}")
+    if wanted:
+        with pytest.raises(RuntimeError, match="autocast"):
+            train_cifar.autocast(args, torch.device("mps"))
+    else:
+        with train_cifar.autocast(args, torch.device("mps")):
+            pass
 
 
 def test_superres_of_labelled_pictures_has_the_labels_of_the_truth(cifar, monkeypatch):
@@ -3534,6 +3704,7 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(monkeypatch):
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", Mock())
     for local_rank in ("0", "1"):

@@ -15,9 +15,11 @@ import argparse
 import copy
 import math
 import os
+import pickle
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -96,8 +98,21 @@ LAPTOP = {  # Departure: ten minutes on two CPU cores, in many small steps
 }
 RECIPES = {"modern": MODERN, "paper": PAPER, "laptop": LAPTOP}
 # Settings of one command alone, which a checkpoint does not keep.
-NOT_OF_THE_RUN = ["out", "device", "sample", "bpd", "method", "tol", "solver_steps", "guidance"]
-NOT_OF_THE_RUN += ["K", "probes", "eval_batch"]
+NOT_OF_THE_RUN = (
+    "out",
+    "device",
+    "sample",
+    "bpd",
+    "method",
+    "tol",
+    "solver_steps",
+    "guidance",
+    "K",
+    "probes",
+    "eval_batch",
+)
+# Settings that say what the output of a network means.
+MEANING = ("path", "objective", "superres")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -126,7 +141,7 @@ def parse_args(argv=None):
     group.add_argument("--seed", type=int, default=0,
         help="seed of the weights, the data's order and all noise, 0 to 999")
     group.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto",
-        help="where to compute; auto is cuda if there is a GPU, else cpu")
+        help="where to compute; auto is cuda if there is one, else cpu; mps only if asked for")
 
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="cifar10",
@@ -160,7 +175,7 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("network")
     group.add_argument("--channels", type=int,
-        help="channels of the UNet at its first level")
+        help="channels of the UNet at its first level, 48 or more")
     group.add_argument("--channel-mult", type=int, nargs="+",
         help="multiple of --channels at each level; each level has half the width of the last")
     group.add_argument("--num-res-blocks", type=int,
@@ -184,7 +199,7 @@ def parse_args(argv=None):
     group.add_argument("--warmup", type=int,
         help="steps in which the learning rate rises to --lr")
     group.add_argument("--decay", choices=["none", "linear"],
-        help="how the learning rate falls to 1e-8 after --warmup, until --steps")
+        help="linear: after --warmup the learning rate falls to 1e-8 at --steps; none: it stays")
     group.add_argument("--clip", type=float,
         help="largest norm of the gradient; inf does not clip")
     group.add_argument("--ema", type=float,
@@ -221,7 +236,7 @@ def parse_args(argv=None):
     # fmt: on
 
     parser.set_defaults(**MODERN)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # for --out and --recipe, which say where the defaults are
     checkpoint = read_checkpoint(args.out)
     if checkpoint is None:
         parser.set_defaults(**RECIPES[args.recipe])
@@ -260,7 +275,7 @@ def train(args, checkpoint, device):
         labels = labels.to(device, non_blocking=device.type == "cuda")
         x1, cond = draw_batch(args, pixels, labels, classes)
         t = draw_times(args, path, len(x1), device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        with autocast(args, device):
             loss = cfm_loss(model, path, x1, cond=cond, t=t, **OBJECTIVES[args.objective])
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
@@ -272,19 +287,19 @@ def train(args, checkpoint, device):
         # The host waits for a GPU in these three cases alone.
         done = step + 1
         last = done == args.steps
-        if last or done % args.log_every == 0:
-            loss_sum = look(args, totals, done)
+        log = last or done % args.log_every == 0
+        save = last or done % args.save_every == 0
+        draw = last or done % args.picture_every == 0
+        if log or save or draw:
+            loss_sum = checked_loss(args, totals, done)
+        if log:
             print_progress(args, done, loss_sum / (done - logged), done - first, began)
             totals.zero_()
             logged = done
-        if last or done % args.save_every == 0:
-            look(args, totals, done)
-            if RANK == 0:
-                save_checkpoint(args, done, len(images), classes, net, average, optimizer)
-        if last or done % args.picture_every == 0:
-            look(args, totals, done)
-            if RANK == 0:
-                write_picture(args, v, path, classes, shown, done, device)
+        if save and RANK == 0:
+            save_checkpoint(args, done, len(images), classes, net, average, optimizer)
+        if draw and RANK == 0:
+            write_picture(args, v, path, classes, shown, done, device)
     print(f"done: {args.out} is at step {max(first, args.steps)}")
 
 
@@ -298,6 +313,7 @@ def check_numbers(args):
         "workers": 0,
         "batch": 1,
         "steps": 1,
+        "warmup": 0,
         "log_every": 1,
         "save_every": 1,
         "picture_every": 1,
@@ -311,6 +327,14 @@ def check_numbers(args):
             raise ValueError(f"--{name.replace('_', '-')} must be at least {smallest}; got {value}")
     if not 0 <= args.seed <= 999:
         raise ValueError(f"--seed must lie in 0 to 999, or runs share noise; got {args.seed}")
+    if not args.lr > 0:
+        raise ValueError(f"--lr must be above 0; got {args.lr}")
+    if not args.clip > 0:
+        raise ValueError(f"--clip must be above 0, and inf does not clip; got {args.clip}")
+    if not 0 <= args.ema < 1:
+        raise ValueError(f"--ema must lie in 0 to below 1; got {args.ema}")
+    if not 0 <= args.dropout < 1:
+        raise ValueError(f"--dropout must lie in 0 to below 1; got {args.dropout}")
     if not 0 <= args.late_times < 1:
         raise ValueError(f"--late-times is a share, 0 to below 1; got {args.late_times}")
     if args.size % args.superres != 0:
@@ -339,13 +363,12 @@ def check_settings(args, checkpoint, images, classes):
 
 
 def check_network(args, checkpoint, classes):
-    """Refuses another network, path or objective than the checkpoint's."""
+    """Refuses another network, or one of another meaning, than the checkpoint's."""
     wanted = network_config(args, classes)
-    wanted["path"] = args.path
-    wanted["objective"] = args.objective
     stored = dict(checkpoint["network"])
-    stored["path"] = checkpoint["args"]["path"]
-    stored["objective"] = checkpoint["args"]["objective"]
+    for name in MEANING:
+        wanted[name] = getattr(args, name)
+        stored[name] = checkpoint["args"][name]
     for name, value in wanted.items():
         if value != stored[name]:
             rule = f"{args.out} was trained with {name} {stored[name]}, not {value}"
@@ -442,14 +465,20 @@ def draw_times(args, path, count, device):
     return end * torch.where(u < 1 - share, uniform, late)
 
 
+def autocast(args, device):
+    """The context of the loss: --precision bf16 or none, since MPS in old torch has no autocast."""
+    if args.precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
 def learning_rate(args, step):
     """Linear from 1e-8 to --lr, App. E, then constant or down to 1e-8 at the last step."""
     warmup = max(1, args.warmup)
     rise = min(1, (step + 1) / warmup)
-    left = min(1, (args.steps - 1 - step) / max(1, args.steps - warmup))
     fall = 1
     if args.decay == "linear":
-        fall = left
+        fall = min(1, (args.steps - 1 - step) / max(1, args.steps - warmup))
     return 1e-8 + (args.lr - 1e-8) * min(rise, fall)
 
 
@@ -460,7 +489,7 @@ def update_average(average, net, decay, step):
     update(list(average.parameters()), list(net.parameters()), None)
 
 
-def look(args, totals, step):
+def checked_loss(args, totals, step):
     """The sum of the losses since the last log line, a mean over ranks; it waits for a GPU.
 
     ValueError if a loss or a gradient norm was not finite: then no checkpoint is replaced.
@@ -523,17 +552,39 @@ def new_network(args, classes, device):
     if args.init is None:
         net = UNet(**config)
     elif args.init.startswith("adm:"):
-        theirs = torch.load(args.init.removeprefix("adm:"), "cpu", weights_only=True)
+        theirs = load_weights(args.init.removeprefix("adm:"))
         net = UNet.from_adm(theirs, **config)
     else:
-        other = torch.load(args.init, "cpu", weights_only=True)
-        for name in ("path", "objective"):
-            theirs = other["args"][name]
-            if getattr(args, name) != theirs:
-                raise ValueError(f"--init {args.init} was trained with --{name} {theirs}: say so")
-        net = UNet(**config, time_scale=other["network"]["time_scale"])
-        net.load_state_dict(other["average"])
+        net = network_of_run(args, config)
     return net.to(device)
+
+
+def network_of_run(args, config):
+    """A UNet with the averaged weights of another run, whose checkpoint is --init."""
+    other = load_weights(args.init)
+    if "args" not in other:
+        way_out = f"weights of torchcfm are given as adm:{args.init}"
+        raise ValueError(f"--init {args.init} is no checkpoint of train_cifar.py; {way_out}")
+    for name in (*MEANING, "head_channels"):  # the weights do not tell these
+        theirs = other["args"][name]
+        if getattr(args, name) != theirs:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--init {args.init} was trained with --{flag} {theirs}: say so")
+    net = UNet(**config, time_scale=other["network"]["time_scale"])
+    try:
+        net.load_state_dict(other["average"])
+    except RuntimeError:
+        rule = f"--init {args.init} has another network than the settings ask for"
+        raise ValueError(f"{rule}: it has {other['network']}") from None
+    return net
+
+
+def load_weights(file):
+    """What torch.save wrote into a file, on the CPU."""
+    try:
+        return torch.load(file, "cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        raise ValueError(f"--init {file} is no file of weights that torch can load") from None
 
 
 def stored_network(checkpoint, weights, device):
@@ -553,7 +604,8 @@ def initial_state(args, checkpoint, classes, device):
         net = stored_network(checkpoint, "net", device)
         average = stored_network(checkpoint, "average", device)
         first = checkpoint["step"]
-    optimizer = torch.optim.Adam(net.parameters(), fused=True)
+    fused = device.type != "mps"  # torch 2.4 has no fused Adam there
+    optimizer = torch.optim.Adam(net.parameters(), fused=fused)
     if checkpoint is not None:
         optimizer.load_state_dict(checkpoint["optimizer"])
     return net, average.eval().requires_grad_(False), optimizer, first
@@ -640,12 +692,20 @@ def load_images(args, source, classes, train):
     if source != "cifar10":
         return PictureFolder(source, to_pixels, args.conditional, classes)
     if RANK == 0:
-        CIFAR10("data", download=True)
+        download_cifar10()
     barrier()  # the other ranks wait for the download
     images = CIFAR10("data", train=train, transform=to_pixels)
     if args.conditional and classes and classes != images.classes:
         raise ValueError(f"the classes of CIFAR-10 are not those of training, {classes}")
     return images
+
+
+def download_cifar10():
+    try:
+        CIFAR10("data", download=True)
+    except (OSError, RuntimeError) as error:
+        way_out = "put cifar-10-python.tar.gz into the folder data, or give --data FOLDER"
+        raise ValueError(f"CIFAR-10 could not be downloaded ({error}): {way_out}") from None
 
 
 class PictureFolder(Dataset):
@@ -675,7 +735,7 @@ class PictureFolder(Dataset):
         try:
             with Image.open(file) as image:
                 pixels = self.to_pixels(image)
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{file} cannot be read as a picture: {error}") from None
         return pixels, self.labels[index]
 
@@ -690,7 +750,7 @@ def find_pictures(folder, conditional):
     files = []
     names = []
     left_out = Counter()
-    for root, folders, contents in os.walk(folder, followlinks=True):
+    for root, folders, contents in os.walk(folder, onerror=fail, followlinks=True):
         visible = [name for name in folders if not is_hidden(name)]
         left_out["hidden (. or __)"] += len(folders) - len(visible)
         folders[:] = sorted(visible)  # os.walk goes on to these
@@ -710,6 +770,11 @@ def find_pictures(folder, conditional):
     if reasons:
         print(f"left out of {folder}: {', '.join(reasons)}", flush=True)
     return files, names
+
+
+def fail(error):
+    """Raises the error of a folder that cannot be read, which os.walk would pass over."""
+    raise error
 
 
 def is_hidden(name):
@@ -810,7 +875,8 @@ def evaluate(args, checkpoint, device):
         if args.conditional:
             _, _, classes = load_data(args, None)
         net = new_network(args, classes, device)
-        source = f"init_{Path(args.init).stem}"
+        file = Path(args.init.removeprefix("adm:")).resolve()
+        source = f"init_{file.parent.name}_{file.stem}"
     else:
         raise ValueError(f"{args.out} has no checkpoint.pt: train first, or give --init")
     v, path = field(vars(args), net.eval().requires_grad_(False))
@@ -850,7 +916,11 @@ def write_samples(args, v, path, classes, images, source, device):
         for number, picture in zip(numbers, pixels):
             to_pil_image(picture).save(folder / f"{number:06d}.png")
         done = f"{numbers[-1] + 1} of {args.sample} in {folder}"
-        print(f"{done}, NFE {nfe.float().mean():.1f}", flush=True)
+        print(f"{done}, NFE {nfe.float().mean():.1f} in this batch", flush=True)
+    barrier()
+    count = len(list(folder.glob("*.png")))
+    if count > args.sample:
+        print(f"{folder} holds {count} PNG files, some from an earlier command", flush=True)
 
 
 def print_bpd(args, v, path, images, source, device):
@@ -902,6 +972,10 @@ def start_device(args):
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: torch finds no GPU of Apple")
     if name == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if local_rank >= torch.cuda.device_count():
@@ -926,11 +1000,13 @@ def main(argv=None):
             train(args, checkpoint, device)
     except KeyboardInterrupt:
         checkpoint = read_checkpoint(args.out)
-        step = 0 if checkpoint is None else checkpoint["step"]
-        print(f"stopped; {args.out} is saved at step {step}", flush=True)
+        if checkpoint is None:
+            print(f"stopped; {args.out} has no checkpoint yet", flush=True)
+        else:
+            print(f"stopped; {args.out} is saved at step {checkpoint['step']}", flush=True)
         sys.exit(130)
-    except (ValueError, FileNotFoundError, fm.SolverError) as error:
-        lines = str(error).splitlines()
+    except (ValueError, OSError, fm.SolverError) as error:
+        lines = (str(error) or repr(error)).splitlines()
         # The last line is the cause: a worker of DataLoader puts its traceback before it.
         sys.exit(f"train_cifar.py: error: {lines[-1]}")
     barrier()  # nobody leaves before the others
