@@ -268,11 +268,10 @@ def train(args, checkpoint, device):
     totals = torch.zeros(2, device=device)  # of loss and gradient norm, since the last log line
     logged = first
     began = time.perf_counter()
-    for step, (pixels, labels) in enumerate(batches, first):
+    for step, batch in enumerate(batches, first):
         # All that is random in a step is a function of seed, step and rank.
         torch.manual_seed(args.seed + 1000 * (step * WORLD + RANK))
-        pixels = pixels.to(device, non_blocking=device.type == "cuda")  # from pinned memory
-        labels = labels.to(device, non_blocking=device.type == "cuda")
+        pixels, labels = to_device(batch, device)
         x1, cond = draw_batch(args, pixels, labels, classes)
         t = draw_times(args, path, len(x1), device)
         with autocast(args, device):
@@ -410,6 +409,14 @@ def batch_loader(args, images, first, device):
         num_workers=args.workers,
         pin_memory=device.type == "cuda",  # so that the copy to the GPU does not wait
     )
+
+
+def to_device(batch, device):
+    """Pixels and labels on the device; the host does not wait for a GPU."""
+    pixels, labels = batch
+    pixels = pixels.to(device, non_blocking=device.type == "cuda")  # from pinned memory
+    labels = labels.to(device, non_blocking=device.type == "cuda")
+    return pixels, labels
 
 
 def step_indices(args, count, first):
