@@ -2014,7 +2014,6 @@ def test_toy_networks_of_every_objective_minimise_a_loss_of_their_own():
             assert (field - other).abs().max() > 1e-4
 
 
-@needs_scipy
 def test_each_round_of_reflow_learns_from_the_last(monkeypatch):
     teachers = []
 
@@ -2030,6 +2029,7 @@ def test_each_round_of_reflow_learns_from_the_last(monkeypatch):
         assert teachers == [None, *range(1, rounds + 1)]
 
 
+@needs_scipy
 def test_reflow_and_minibatch_coupling_straighten_and_sde_samples_agree():
     runs = []
     for flags in ("--sde", "--reflow 1", "--coupling ot"):
