@@ -36,36 +36,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__version__ = "3.0.0"
+__version__ = "3.1.0"
+# fmt: off
 __all__ = [
-    "ConditionalFlow",
-    "GaussianPath",
-    "AffinePath",
-    "OTPath",
-    "VPPath",
-    "VEPath",
-    "CosinePath",
-    "PATHS",
-    "time_column",
-    "cfm_loss",
-    "OBJECTIVES",
-    "as_velocity",
-    "ot_coupling",
+    "ConditionalFlow", "GaussianPath", "AffinePath", "OTPath", "VPPath", "VEPath", "CosinePath",
+    "PATHS", "time_column",
+    "cfm_loss", "OBJECTIVES", "as_velocity", "ot_coupling",
     "Marginal",
-    "METHODS",
-    "odeint",
-    "rms",
-    "sample",
-    "sample_sde",
-    "classifier_free_guidance",
-    "Solution",
+    "METHODS", "odeint", "rms", "sample", "sample_sde", "classifier_free_guidance", "Solution",
     "SolverError",
-    "log_prob",
-    "LogProb",
-    "bits_per_dim",
-    "BitsPerDim",
+    "log_prob", "LogProb", "bits_per_dim", "BitsPerDim",
     "UNet",
 ]
+# fmt: on
 
 
 # ---- 1 Paths, Section 4 ----
@@ -96,9 +79,16 @@ def _as_column(a, x):
     return a.reshape(a.shape + (1,) * (x.ndim - a.ndim))
 
 
+def _flat(x):
+    """x (B, *dims) as (B, d), also for B = 0."""
+    return x.reshape(len(x), math.prod(x.shape[1:]))
+
+
 def _derivative(f, t):
     """f(t) and d/dt f(t), row by row, by forward-mode autodiff."""
-    with warnings.catch_warnings():  # torch 2.14 warns of its own torch.jit.script
+    # Attention's fused kernels have no forward mode.
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+        # torch 2.14 warns of its own torch.jit.script.
         warnings.filterwarnings("ignore", ".*torch.jit.script", FutureWarning)
         return torch.func.jvp(f, (t.contiguous(),), (torch.ones_like(t),))
 
@@ -123,7 +113,8 @@ class ConditionalFlow:
         self.allows_pairs = True
 
     def __repr__(self):
-        return f"{type(self).__name__}(t_span={self.t_span})"
+        settings = [f"{name}={value}" for name, value in vars(self).items() if not callable(value)]
+        return f"{type(self).__name__}({', '.join(settings)})"
 
     def psi_dpsi(self, t, x0, x1):
         """psi_t(x0) and d/dt psi_t(x0), each (B, *dims): point and target of Eq. (14)."""
@@ -188,7 +179,7 @@ class GaussianPath(ConditionalFlow):
         mu_t, sigma_t, _, _ = self.moments(t, x1)
         self._check_sigma(sigma_t, t)
         log_p = -(((x - mu_t) / sigma_t) ** 2 + math.log(2 * math.pi)) / 2 - sigma_t.log()
-        return log_p.reshape(len(x), -1).sum(1)
+        return _flat(log_p).sum(1)
 
     def score(self, t, x, x1):
         """grad_x log p_t(x | x1), (B, *dims).
@@ -246,6 +237,7 @@ class AffinePath(GaussianPath):
         for posterior means, too; a score also needs x0 to be independent of x1. ValueError where
         the equations are singular.
         """
+        _require(value.shape == x.shape, "value must have the shape of x", value, x)
         if source == target:
             return value
         coefficients = self.coefficients(time_column(t, x))
@@ -302,12 +294,8 @@ class OTPath(AffinePath):
     """
 
     def __init__(self, sigma_min=1e-4):
-        _require(0 <= sigma_min < 1, "sigma_min must lie in [0, 1)", sigma_min)
         self.sigma_min = sigma_min
         super().__init__()
-
-    def __repr__(self):
-        return f"OTPath({self.sigma_min})"
 
     def alpha(self, t):
         return t
@@ -328,15 +316,10 @@ class VPPath(AffinePath):
     """
 
     def __init__(self, beta_min=0.1, beta_max=20.0):
-        fits = 0 <= beta_min <= beta_max < math.inf
-        _require(fits, "VPPath needs 0 <= beta_min <= beta_max", beta_min, beta_max)
         self.beta_min = beta_min
         self.beta_max = beta_max
         super().__init__()
         self.source_std = 1.0  # the paper samples from N(0, I), though sigma(0) = 0.99998
-
-    def __repr__(self):
-        return f"VPPath({self.beta_min}, {self.beta_max})"
 
     def beta(self, s):
         """beta(s) of App. E.1."""
@@ -367,15 +350,10 @@ class VEPath(AffinePath):
     """
 
     def __init__(self, sigma_min=0.01, sigma_max=10.0):
-        fits = 0 < sigma_min < sigma_max < math.inf
-        _require(fits, "VEPath needs 0 < sigma_min < sigma_max", sigma_min, sigma_max)
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
         super().__init__()
         self.source_std = sigma_max
-
-    def __repr__(self):
-        return f"VEPath({self.sigma_min}, {self.sigma_max})"
 
     def alpha(self, t):
         return torch.ones_like(t)
@@ -392,9 +370,6 @@ class VEPath(AffinePath):
 
 class CosinePath(AffinePath):
     """alpha = sin, sigma = cos of pi t / 2: the VP arc at constant speed (not in the paper)."""
-
-    def __repr__(self):
-        return "CosinePath()"
 
     def alpha(self, t):
         return torch.sin(math.pi / 2 * t)
@@ -474,8 +449,7 @@ def cfm_loss(
     if weight is not None:
         lambda_t = _weight(weight, path, t, x1)
 
-    v_t = v(t, x_t.to(x1.dtype), **cond)
-    _check_output(v_t, x1)
+    v_t = _call(v, t, x_t.to(x1.dtype), cond)
     loss = lambda_t * (v_t - target) ** 2
     if reduction == "none":
         return loss
@@ -515,8 +489,7 @@ def as_velocity(model, path, predict):
     _check_path(path, AffinePath)
 
     def velocity(t, x, /, **cond):
-        output = model(t, x, **cond)
-        _check_output(output, x)
+        output = _call(model, t, x, cond)
         return path.convert(t, x, output, predict, "velocity")
 
     return velocity
@@ -533,9 +506,11 @@ def ot_coupling(x0, x1) -> Tensor:
     from scipy.optimize import linear_sum_assignment
 
     dtype = _at_least_float32(x0.dtype)
-    rows = x1.detach().reshape(len(x1), -1).to(dtype)
-    columns = x0.detach().reshape(len(x0), -1).to(dtype)
-    costs = torch.cdist(rows, columns) ** 2
+    rows = _flat(x1.detach()).to(dtype)
+    columns = _flat(x0.detach()).to(dtype)
+    # Moving all rows, or all columns, changes the cost of every permutation by the same number; far
+    # from 0 the squares would round the differences away.
+    costs = torch.cdist(rows - rows.mean(0), columns - columns.mean(0)) ** 2
     _, assigned = linear_sum_assignment(costs.cpu().numpy())
     return torch.as_tensor(assigned, device=x0.device)
 
@@ -578,7 +553,7 @@ class Marginal:
     def _mean(self, weights):
         """The sum of weights[:, i] x_i, (B, d)."""
         with torch.autocast(weights.device.type, enabled=False):  # it would round the product
-            return weights @ self.data.reshape(len(self.data), -1).to(weights)
+            return weights @ _flat(self.data).to(weights)
 
     def log_prob(self, t, x):
         """log p_t(x), Eq. (6), in nats, (B,)."""
@@ -589,16 +564,42 @@ class Marginal:
         dims = self.data.shape[1:]
         _require(x.shape[1:] == dims, f"x must be (B, *dims) with dims {[*dims]}", x)
         t = _check_times(t, x, self.path.t_span)
-        x = x.reshape(len(x), -1).to(_at_least_float32(x.dtype))  # (B, d)
-        data = self.data.reshape(len(self.data), -1).to(x)  # (N, d)
+        x = _flat(x).to(_at_least_float32(x.dtype))  # (B, d)
+        data = _flat(self.data).to(x)  # (N, d)
         alpha_t, sigma_t, _, _ = self.path.coefficients(t[:, None])
-        # |x - alpha x_i| as alpha |x / alpha - x_i|, since cdist takes one set of x_i for all rows.
-        # Not by |x|^2 - 2 x x_i + |x_i|^2, which would cancel.
+        # |x - alpha x_i|^2 as alpha^2 |x / alpha - x_i|^2, since cdist takes one set of x_i.
         alpha_t = torch.where(alpha_t.abs() > 1e-12, alpha_t, 1e-12)  # not 0, as at t = 0
-        exact = "donot_use_mm_for_euclid_dist"
-        distance = alpha_t * torch.cdist(x / alpha_t, data, compute_mode=exact)  # or minus that
+        squares = (alpha_t / sigma_t) ** 2 * SquaredDistances.apply(x / alpha_t, data)
         log_norm = x.shape[1] * (sigma_t.log() + math.log(2 * math.pi) / 2)
-        return -((distance / sigma_t) ** 2) / 2 - log_norm
+        return -squares / 2 - log_norm
+
+
+class SquaredDistances(torch.autograd.Function):
+    """|x_b - y_i|^2, (B, N), of points x (B, d) and y (N, d), also under torch.func.
+
+    By cdist, since |x|^2 - 2 x y + |y|^2 would cancel; with a derivative of our own, since that of
+    cdist is wrong under vmap and jacrev (torch 2.14).
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, y):
+        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist") ** 2
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, y = ctx.saved_tensors
+        centre = y.mean(0)
+        x = x - centre
+        y = y - centre
+        grad_x = grad.sum(1, keepdim=True) * x - grad @ y
+        grad_y = grad.sum(0)[:, None] * y - grad.T @ x
+        return 2 * grad_x, 2 * grad_y
 
 
 # ---- 4 Solvers, Eq. (1) ----
@@ -677,6 +678,7 @@ def odeint(
     atol=1e-5,
     max_nfe=10_000,
     norm=rms,
+    check_rows=True,
 ) -> Solution:
     """Solution of d/dt x = v(t, x), Eq. (1), from x at t[0] through all times in t, either way.
 
@@ -699,16 +701,16 @@ def odeint(
     times = _solver_times(t, dtype)
 
     def f(t, state, /, **cond):
-        slope = v(t, state.to(x.dtype), **cond)
-        _check_output(slope, state)
-        return slope.to(dtype)
+        if dtype == x.dtype:
+            return _call(v, t, state, cond)
+        return _call(v, t, state.to(x.dtype), cond).to(dtype)
 
     start = x.to(dtype)
     if method == "dopri5":
         rule = "dopri5 picks its own steps; set rtol and atol, or method='rk4'"
         _require(steps is None, rule, steps)
-        _check_tolerances(rtol, atol, max_nfe)
-        xs, nfe, accepted = _dopri5(f, start, times, rtol, atol, max_nfe, norm, cond)
+        rtol, atol = _check_tolerances(rtol, atol, max_nfe)
+        xs, nfe, accepted = _dopri5(f, start, times, rtol, atol, max_nfe, norm, cond, check_rows)
         rejected = (nfe - 2) // 6 - accepted
     elif method in METHODS:
         _require(steps is not None, f"{method} needs steps, a whole number", steps)
@@ -787,14 +789,15 @@ def _check_step(x_new, t, x):
         raise SolverError(f"the step {where} is not finite; is v there? take more steps", t, x)
 
 
-def _dopri5(f, x, times, rtol, atol, max_nfe, norm, cond):
+def _dopri5(f, x, times, rtol, atol, max_nfe, norm, cond, check_rows):
     """xs, a list of (B, *dims), and nfe, accepted (B,), by steps of each sample's own."""
     # Departure: torchdiffeq, the paper's solver, has one step size for the whole batch.
     times = x.new_tensor(times)
     t = times[:1].repeat(len(x))  # (B,), the time that each sample has reached
     k = f(t, x, **cond)  # (B, *dims), its slope there
     with torch.no_grad():
-        _check_start(f, t, x, k, times[-1] - times[0], cond)
+        if check_rows:
+            _check_start(f, t, x, k, times[-1] - times[0], cond)
         h = _first_step(f, t, x, k, times[1] - times[0], rtol, atol, norm, cond)  # its next step
     nfe = torch.full_like(t, 2, dtype=torch.long)
     accepted = torch.zeros_like(nfe)
@@ -806,8 +809,9 @@ def _dopri5(f, x, times, rtol, atol, max_nfe, norm, cond):
         cond_going = cond
         while len(going) > 0:
             rest = t_end - t
-            is_last = rest / h <= 1.01
-            step = torch.where(rest / h < 2, rest / 2, h)  # the last two steps are equal
+            steps_left = rest / h
+            is_last = steps_left <= 1.01
+            step = torch.where(steps_left < 2, rest / 2, h)  # the last two steps are equal
             t_new = torch.where(is_last, t_end, t + step)
             x_new, error, k_new = _rk_step(f, DOPRI5, t, t_new, x, k, cond_going)
             with torch.no_grad():
@@ -823,11 +827,12 @@ def _dopri5(f, x, times, rtol, atol, max_nfe, norm, cond):
                 accepted = accepted + accept
                 is_stuck = (torch.add(t, h, alpha=0.1) == t) & ~arrived
                 is_spent = (nfe + 6 > max_nfe) & (t != times[-1])
-                flags = torch.stack([arrived.any(), is_stuck.any(), is_spent.any()])
+                flags = torch.stack([arrived, is_stuck, is_spent]).any(1)
             x = torch.where(_as_column(accept, x), x_new, x)
             k = torch.where(_as_column(accept, x), k_new, k)
             any_arrived, any_stuck, any_spent = flags.tolist()  # the one wait for a GPU
             if any_arrived or any_stuck or any_spent:
+                # Gathered here, not at every step, which would cost a tenth of the time.
                 parts = (t, h, x, k, nfe, accepted)
                 batch = [whole.index_copy(0, going, part) for whole, part in zip(batch, parts)]
                 if any_stuck or any_spent:
@@ -890,12 +895,13 @@ def _check_norm(size, x):
 
 
 def _check_start(f, t, x, k, span, cond):
-    """SolverError where k = f(t, x) is not finite; ValueError where the rows of v see each other.
+    """SolverError where k = f(t, x) is not finite; ValueError where the rows of f see each other.
 
-    For the second, v is called with up to four copies of the last sample. Their slope may differ by
-    a fifth from the one in the batch, as other batch sizes round otherwise, in bfloat16, too; and
-    by a hundredth from each other. Where the slope is near 0, a twentieth of |x| / |span| counts.
-    It cannot see a coupling below a fifth of the slope, or one that begins later.
+    For the second, f is called with four copies of the last sample, and with the first alone. Their
+    slopes may differ by a fifth from those in the batch, as other batch sizes round otherwise, in
+    bfloat16, too; those of the copies by a hundredth from each other. Where the slope is near 0, a
+    twentieth of |x| / |span| counts. It cannot see a coupling below a fifth of the slope, as by one
+    int8 scale for the whole batch, or one that begins later.
     """
     bad = ~k.isfinite()
     if bad.any():
@@ -904,24 +910,29 @@ def _check_start(f, t, x, k, span, cond):
             "look at v, x and path.t_span; networks of noise or score start later on OTPath and"
             " CosinePath: odeint(v, x0, (1e-3, path.t_span[1]))"
         )
-        raise SolverError(f"dopri5: v is not finite {where}: {way_out}", t, x)
+        raise SolverError(f"v is not finite {where}: {way_out}", t, x)
     rule = (
         "each row of v must depend on its own row of t, x and cond alone: pass tensors with one row"
-        " per sample in cond; make a coupled system one sample, x[None], or take fixed steps; call"
-        " net.eval() where there is dropout or batch norm"
+        " per sample in cond; call net.eval() where there is dropout or batch norm; make a coupled"
+        " system one sample, x[None]"
     )
-    count = 1 if len(x) == 1 else 4
-    copies = torch.full((count,), len(x) - 1, device=x.device)
-    try:
-        alone = f(t[copies], x[copies], **{name: c[copies] for name, c in cond.items()})
-    except Exception as error:
-        raise ValueError(f"v fails on a part of the batch ({_describe(error)}): {rule}") from error
-    slope = k[copies]
-    size = rms(slope) + 0.05 * rms(x[copies]) / span.abs()
-    same_as_in_batch = rms(alone - slope) <= 0.2 * size
-    same_as_each_other = rms(alone - alone[:1]) <= 0.01 * size
-    if not (same_as_in_batch & same_as_each_other).all():
-        raise ValueError(f"v gives the last sample another slope alone than in the batch: {rule}")
+    last = len(x) - 1
+    chosen = torch.tensor([last, last, last, last, 0] if last > 0 else [0], device=x.device)
+    alone = []
+    for i in (chosen[:4], chosen[4:])[: len(x)]:  # a single sample is looked at once
+        part = {name: c.index_select(0, i) for name, c in cond.items()}
+        try:
+            alone.append(f(t.index_select(0, i), x.index_select(0, i), **part))
+        except Exception as error:
+            what = f"v fails on a part of the batch ({_describe(error)})"
+            raise ValueError(f"{what}: {rule}") from error
+    alone = torch.cat(alone)
+    in_batch = k.index_select(0, chosen)
+    size = rms(in_batch) + 0.05 * rms(x.index_select(0, chosen)) / abs(span)
+    same_as_in_batch = rms(alone - in_batch) <= 0.2 * size
+    same_as_each_other = rms(alone[:4] - alone[:1]) <= 0.01 * size[:4]
+    if not (same_as_in_batch.all() & same_as_each_other.all()):
+        raise ValueError(f"v gives a sample another slope alone than in the batch: {rule}")
 
 
 def sample(v, path, shape, *, cond=None, device=None, dtype=None, generator=None, **solver):
@@ -955,30 +966,24 @@ def sample_sde(
     _warn_of_training_mode(v)
     x = path.sample_source(shape, device, dtype, generator)
     cond = _check_cond(cond, x)
-    out_dtype = x.dtype
-    x = x.to(_at_least_float32(out_dtype))
+    dtype = x.dtype  # of v and of the noise
+    x = x.to(_at_least_float32(dtype))
     start, end = path.t_span
     h = (end - start) / steps
     for i in range(steps):
         time = start + i * h
+        t = _as_time(time, x).expand(len(x))
         with torch.no_grad():
-            x = _sde_step(v, path, x, time, h, g, i + 1 == steps, cond, out_dtype, generator)
-    return x.to(out_dtype)
-
-
-def _sde_step(v, path, x, time, h, g, is_last, cond, dtype, generator):
-    """x at time + h; v works in that dtype."""
-    t = _as_time(time, x).expand(len(x))
-    v_t = v(t, x.to(dtype), **cond)
-    _check_output(v_t, x)
-    x_new = x + h * v_t
-    g_t = _diffusion(g, path, time)
-    if g_t != 0 and not is_last:
-        score = path.convert(t, x, v_t, "velocity", "score")
-        noise = torch.randn(x.shape, device=x.device, dtype=dtype, generator=generator)
-        x_new = x_new + h * g_t**2 / 2 * score + math.sqrt(h) * g_t * noise
-    _check_step(x_new, t, x)
-    return x_new
+            v_t = _call(v, t, x.to(dtype), cond)
+            x_new = x + h * v_t
+            g_t = _diffusion(g, path, time)
+            if g_t != 0 and i + 1 < steps:
+                score = path.convert(t, x, v_t, "velocity", "score")
+                noise = torch.randn(x.shape, device=x.device, dtype=dtype, generator=generator)
+                x_new = x_new + h * g_t**2 / 2 * score + math.sqrt(h) * g_t * noise
+        _check_step(x_new, t, x)
+        x = x_new
+    return x.to(dtype)
 
 
 def _diffusion(g, path, t):
@@ -1052,35 +1057,19 @@ def log_prob(
     _check_path(path, ConditionalFlow)
     _check_batch("x1", x1)
     cond = _check_cond(cond, x1)
-    _warn_of_training_mode(v)
     _check_divergence(divergence, probes, cond)
-    B, *dims = x1.shape
-    d = x1[0].numel()
     with torch.inference_mode(False):  # tensors made under it cannot be differentiated
         x1 = x1.clone()
         cond = {name: c.clone() for name, c in cond.items()}
-    _check_autodiff(v, path.t_span[1], x1, cond)
+    z = None
     if divergence == "hutchinson":
         # Departure: the paper names no law of z; signs (Rademacher) have the least variance.
-        shape = (B, probes, *dims)
+        shape = (len(x1), probes, *x1.shape[1:])
         z = torch.randint(2, shape, device=x1.device, generator=generator).to(x1.dtype) * 2 - 1
-        cond["_probes"] = z  # a private name: like cond, each row goes with its sample
-    augmented = _augmented_field(v, x1, divergence, differentiable)
-
-    def larger_norm(error, /, _probes=None, **cond):
-        size_x = norm(error[:, :d].reshape(-1, *dims), **cond)
-        _check_norm(size_x, error)
-        return torch.maximum(size_x, rms(error[:, d:]))
-
     # Attention's fused kernels have no double backward, and their backward no batching rule.
     math_attention = sdpa_kernel(SDPBackend.MATH)
     with torch.inference_mode(False), torch.set_grad_enabled(differentiable), math_attention:
-        state = torch.cat([x1.reshape(B, d), x1.new_zeros(B, probes)], 1)  # [x1, 0], Eq. (32)
-        state = state.to(_at_least_float32(x1.dtype))
-        times = path.t_span[::-1]
-        solution = odeint(augmented, state, times, cond=cond, norm=larger_norm, **solver)
-        x0 = solution.x[:, :d]
-        f0 = solution.x[:, d:]  # (B, P)
+        x0, f0, nfe = _reverse_solve(v, path, x1, cond, z, differentiable, norm, solver)
         std = path.source_std
         log_p0 = -((x0 / std) ** 2 + math.log(2 * math.pi * std**2)).sum(1) / 2
         log_p1 = log_p0 - f0.mean(1)  # Eq. (33), or Eq. (35)
@@ -1090,36 +1079,70 @@ def log_prob(
             std_err = torch.full_like(log_p1, math.nan)
         else:
             std_err = f0.std(1) / math.sqrt(probes)
-    return LogProb(log_p1, std_err, x0.reshape(x1.shape).to(x1.dtype), solution.nfe)
+    return LogProb(log_p1, std_err, x0.reshape(x1.shape).to(x1.dtype), nfe)
+
+
+def _reverse_solve(v, path, x1, cond, z, differentiable, norm, solver):
+    """x0 (B, d), f(0) (B, P) and nfe (B,) of the reverse ODE, Eqs. (31)-(32).
+
+    z: P probes (B, P, *dims), or None for the exact divergence, where P is 1.
+    """
+    B, *dims = x1.shape
+    d = x1[0].numel()
+    conditions = dict(cond)
+    if z is not None:
+        conditions["_probes"] = z  # a private name: like cond, each row goes with its sample
+
+    def larger_norm(error, /, _probes=None, **cond):
+        size_x = norm(error[:, :d].reshape(-1, *dims), **cond)
+        _check_norm(size_x, error)
+        return torch.maximum(size_x, rms(error[:, d:]))
+
+    def without_divergence(t, x, /, **cond):
+        with torch.enable_grad():  # as where the divergence is taken
+            return _call(v, t, x.detach().requires_grad_(), cond).detach()
+
+    start, end = path.t_span
+    t = _as_time(end, x1).expand(B)
+    v_t = without_divergence(t, x1, **cond)
+    _check_start(without_divergence, t, x1, v_t, end - start, cond)
+
+    augmented = _augmented_field(v, x1, z is None, differentiable)
+    state = torch.cat([x1.reshape(B, d), x1.new_zeros(B, 1 if z is None else z.shape[1])], 1)
+    state = state.to(_at_least_float32(x1.dtype))  # [x1, 0], Eq. (32)
+    options = {"cond": conditions, "norm": larger_norm, "check_rows": False, **solver}
+    solution = odeint(augmented, state, (end, start), **options)
+    f0 = solution.x[:, d:]
+    if not f0.any():
+        _check_autodiff(v, t, x1, cond)
+    return solution.x[:, :d], f0, solution.nfe
 
 
 def _check_divergence(divergence, probes, cond):
     known = divergence in ("exact", "hutchinson")
     _require(known, "divergence must be 'exact' or 'hutchinson'", divergence)
-    fits = probes == 1 or divergence == "hutchinson"
-    _require(fits, "probes are for divergence='hutchinson'", probes)
+    fits = probes == 1 or (probes > 1 and divergence == "hutchinson")
+    _require(fits, "probes, 1 or more, are for divergence='hutchinson'", probes)
     _require("_probes" not in cond, "the name _probes in cond is taken: choose another")
 
 
 def _check_autodiff(v, t, x, cond):
     """ValueError if v depends on x, but autodiff does not see it: the divergence would be 0."""
-    t = _as_time(t, x).expand(len(x))
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.enable_grad():
         x = x.detach().requires_grad_()
-        v_t = v(t, x, **cond)
-        _check_output(v_t, x)
+        v_t = _call(v, t, x, cond)
         if v_t.requires_grad:
             weights = torch.linspace(1, 2, v_t.numel(), dtype=v_t.dtype, device=v_t.device)
             weights = weights.reshape(v_t.shape)
             (slope,) = torch.autograd.grad(v_t, x, weights, materialize_grads=True)
             if slope.any():
                 return
-        moved = v(t, 1.01 * x + 0.01, **cond)
+        moved = _call(v, t, 1.01 * x + 0.01, cond)
     rule = "v depends on x, but cuts it from autodiff by no_grad, detach or numpy: divergence 0"
     _require(bool((moved == v_t).all()), rule)
 
 
-def _augmented_field(v, x1, divergence, differentiable):
+def _augmented_field(v, x1, exact, differentiable):
     """d/dt [phi_t(x), f(t)] = [v_t, -div v_t], Eqs. (28)-(29), as a field of states (B, d + P).
 
     P is the number of probes, and 1 for the exact divergence.
@@ -1127,12 +1150,12 @@ def _augmented_field(v, x1, divergence, differentiable):
     dims = x1.shape[1:]
     d = x1[0].numel()
     basis = None
-    if divergence == "exact":
+    if exact:
         basis = torch.eye(d, dtype=x1.dtype, device=x1.device).view(d, 1, *dims)
 
     def augmented(t, state, /, _probes=None, **cond):
         x = state[:, :d].reshape(-1, *dims).to(x1.dtype)
-        if divergence == "exact":
+        if exact:
             v_t, diagonal = _jacobian_products(v, t, x, basis, differentiable, cond)
             div_t = diagonal.sum(1, keepdim=True)
         else:
@@ -1142,15 +1165,18 @@ def _augmented_field(v, x1, divergence, differentiable):
     return augmented
 
 
+# The numbers in a batch of vector-Jacobian products; larger ones leave the cache of a CPU.
+PRODUCTS_AT_ONCE = 2**17
+
+
 def _jacobian_products(v, t, x, vectors, create_graph, cond):
     """v_t (B, *dims) and z^T (dv/dx) z, Eq. (34), (B, P), for vectors z (P, B or 1, *dims)."""
     with torch.enable_grad():
         if not x.requires_grad:
             x = x.detach().requires_grad_()
-        v_t = v(t, x, **cond)
-        _check_output(v_t, x)
+        v_t = _call(v, t, x, cond)
         products = []
-        for z in vectors.split(max(1, 2**22 // x.numel())):  # batches of 16 MB
+        for z in vectors.split(max(1, PRODUCTS_AT_ONCE // x.numel())):
             z = z.expand(-1, *x.shape)
             product = z * _vector_jacobian_products(v_t, x, z, create_graph, len(vectors) > 1)
             product = product.reshape(len(z), len(x), -1)
@@ -1162,7 +1188,7 @@ def _jacobian_products(v, t, x, vectors, create_graph, cond):
 
 
 def _vector_jacobian_products(v_t, x, vectors, create_graph, keep_graph):
-    """z^T dv/dx for each of the vectors z, (P, B, *dims), in one reverse pass if v allows it."""
+    """z^T dv/dx for each of the vectors z, (P, B, *dims), batched if v allows it."""
     if not v_t.requires_grad:  # v ignores x and has no weights
         return torch.zeros_like(vectors)
     options = {
@@ -1262,8 +1288,6 @@ class Attention(nn.Module):
     def __init__(self, c, head_channels):
         super().__init__()
         self.heads = max(1, c // head_channels)
-        rule = f"channels with attention must divide into heads of about {head_channels}"
-        _require(c % self.heads == 0, rule, c)
         self.norm = GroupNorm(c)
         self.qkv = nn.Linear(c, 3 * c)
         self.proj = zeroed(nn.Linear(c, c))
@@ -1344,18 +1368,11 @@ class UNet(nn.Module):
         self.num_classes = num_classes
         self.time_scale = time_scale
         self.unit = 2 ** (len(channel_mult) - 1)  # height and width must be multiples of it
-        self._check_config(image_size, len(channel_mult), attention_resolutions)
-        self._build_layers(image_size, in_channels + concat_channels, out_channels, dropout)
-        self.to(memory_format=torch.channels_last)  # strides only; the activations follow them
-
-    def _check_config(self, image_size, levels, attention_resolutions):
-        even = self.channels % 2 == 0
-        _require(even, "channels must be even, for sines and cosines of t", self.channels)
-        rule = f"image_size must be a multiple of {self.unit} for {levels} levels"
-        _require(image_size % self.unit == 0, rule, image_size)
-        sizes = [image_size // 2**level for level in range(levels)]
+        sizes = [image_size // 2**level for level in range(len(channel_mult))]
         known = set(attention_resolutions) <= set(sizes)
         _require(known, f"attention_resolutions must be among {sizes}", attention_resolutions)
+        self._build_layers(image_size, in_channels + concat_channels, out_channels, dropout)
+        self.to(memory_format=torch.channels_last)  # strides only; the activations follow them
 
     def _build_layers(self, image_size, in_channels, out_channels, dropout):
         head_channels = self.config["head_channels"]
@@ -1417,7 +1434,8 @@ class UNet(nn.Module):
         t: a number, () or (B,). y: int64 (B,), 0 to num_classes. concat: (B, concat_channels, H,
         W). Dropout is at work until net.eval().
         """
-        _require(y is None or self.label is not None, "y needs a network with num_classes", y)
+        if y is not None:
+            self._check_labels(y, x)
         height, width = x.shape[2:]
         fits = height % self.unit == 0 and width % self.unit == 0
         _require(fits, f"height and width must be multiples of {self.unit}", (height, width))
@@ -1433,6 +1451,13 @@ class UNet(nn.Module):
         for stage in self.up:
             h = stage(torch.cat([h, skips.pop()], 1), emb)
         return self.head(h)
+
+    def _check_labels(self, y, x):
+        _require(self.label is not None, "y needs a network with num_classes", y)
+        fits = y.shape == x.shape[:1] and y.dtype in (torch.int64, torch.int32)
+        if fits and not torch.compiler.is_compiling():  # a look at values would break the graph
+            fits = not _any_on_cpu((y < 0) | (y > self.num_classes))
+        _require(fits, f"y must be int64 ({len(x)},), 0 to {self.num_classes}, which means none", y)
 
     @classmethod
     def from_adm(cls, checkpoint, time_scale=1.0, **config):
@@ -1501,7 +1526,7 @@ def _any_on_cpu(mask):
 
 def _first_row(mask):
     """The index of the first row of mask (B, ...) with a True."""
-    return mask.reshape(len(mask), -1).any(1).int().argmax().item()
+    return _flat(mask).any(1).int().argmax().item()
 
 
 def _check_path(path, kind):
@@ -1524,13 +1549,35 @@ def _check_cond(cond, x):
         fits = isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(x)
         rule = f"cond[{name!r}] must be a tensor of {len(x)} rows, one per sample"
         _require(fits, f"{rule}; leave it out, or bind it in a function", value)
+        rule = f"cond[{name!r}] holds NaN: leave these samples out"
+        _require(not _any_on_cpu(value.isnan()), rule, value)
     return cond
 
 
-def _check_output(v_t, x):
+def _call(v, t, x, cond):
+    """v(t, x, **cond), the one place where v is called.
+
+    ValueError for another shape than that of x, and if v wrote into the tensors that it was given,
+    which belong to the solver and the user.
+    """
+    arguments = (t, x, *cond.values())
+    before = _versions(arguments)
+    v_t = v(t, x, **cond)
     shape = v_t.shape if isinstance(v_t, Tensor) else type(v_t).__name__
     if shape != x.shape:
         raise ValueError(f"v must return the shape of x, {tuple(x.shape)}; got {shape}")
+    if _versions(arguments) != before:
+        rule = "v must not write into t, x or cond, as x -= 1, x.clamp_() and inplace=True do"
+        raise ValueError(f"{rule}: let it work on x.clone()")
+    return v_t
+
+
+def _versions(tensors):
+    """How often each was written into, or None where one of them does not count it."""
+    try:
+        return [a._version for a in tensors]
+    except RuntimeError:  # made under inference_mode
+        return None
 
 
 def _check_times(t, x, t_span):
@@ -1574,31 +1621,52 @@ def _check_regular(what, singular, t, path):
 
 
 def _check_ends(alpha_0, alpha_1, sigma_0, sigma_1):
-    way_out = "or use AffinePath(alpha, sigma, check_ends=False)"
-    rule = f"sigma must be > 0 at the start and fall, but not below 0, {way_out}"
-    _require(-1e-6 < sigma_1 < sigma_0 < math.inf, rule, sigma_0, sigma_1)
-    rule = f"alpha must end at 1, or samples are a multiple of the data, {way_out}"
-    _require(abs(alpha_1 - 1) <= 0.011, rule, alpha_1)
-    rule = "alpha / sigma must start at 0.1 at most, as a solve starts from pure noise: "
-    rule += f"raise beta_max of VPPath, sigma_max of VEPath, {way_out}"
-    _require(abs(alpha_0) <= 0.1 * sigma_0, rule, alpha_0, sigma_0)
+    noise_first = abs(alpha_0) <= 0.1 * sigma_0
+    data_last = abs(alpha_1 - 1) <= 0.011 and -1e-6 < sigma_1 < sigma_0 < math.inf
+    rule = (
+        "a path must run from noise to data: alpha / sigma start at 0.1 at most (raise beta_max of"
+        " VPPath, sigma_max of VEPath), alpha end at 1, and sigma fall, but not below 0; or use"
+        " AffinePath(alpha, sigma, check_ends=False)"
+    )
+    ends = f"alpha {alpha_0:.4g} to {alpha_1:.4g}, sigma {sigma_0:.4g} to {sigma_1:.4g}"
+    if not (noise_first and data_last):
+        raise ValueError(f"{rule}; got {ends}")
 
 
 def _solver_times(t, dtype):
     """t as two or more Python numbers that rise or fall strictly in that dtype."""
-    times = t.tolist() if isinstance(t, Tensor) else [float(time) for time in t]
-    steps = torch.tensor(times, dtype=dtype).diff()
-    one_way = bool((steps > 0).all()) or bool((steps < 0).all())
-    fits = len(times) > 1 and bool(steps.isfinite().all()) and one_way
+    parts = t if isinstance(t, (list, tuple)) else [t]
+    learned = any(isinstance(part, Tensor) and part.requires_grad for part in parts)
+    rule = "t takes no gradient: solve over fixed times a field with the learned scale in it"
+    _require(not learned, rule)
+    times = _as_numbers("t must be two or more times", t)
+    rounded = torch.tensor(times, dtype=dtype).tolist()
+    steps = [end - start for start, end in zip(rounded, rounded[1:])]
+    rises = all(0 < step < math.inf for step in steps)
+    falls = all(-math.inf < step < 0 for step in steps)
+    fits = len(times) > 1 and (rises or falls)
     _require(fits, f"t must be two or more times, all rising or all falling in {dtype}", t)
     return times
 
 
 def _check_tolerances(rtol, atol, max_nfe):
+    """rtol and atol as Python numbers."""
     rule = "max_nfe must be at least 8: two calls to start and six a step"
     _require(max_nfe >= 8, rule, max_nfe)
+    rtol, atol = _as_numbers("rtol and atol must be numbers", (rtol, atol))
     fits = 0 <= rtol < math.inf and 0 <= atol < math.inf and rtol + atol > 0
     _require(fits, "rtol and atol must be >= 0, finite, and not both 0", rtol, atol)
+    return rtol, atol
+
+
+def _as_numbers(rule, values):
+    """The values, a sequence or a tensor, as a list of Python numbers."""
+    try:
+        if isinstance(values, Tensor):
+            values = values.tolist()  # one wait for a GPU
+        return [float(value) for value in values]
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{rule}; got {_describe(values)}") from None
 
 
 def _warn_of_training_mode(v):
