@@ -7,15 +7,15 @@ The values of arguments are checked on the CPU only; reading them would stall a 
 
     path = OTPath()
     loss = cfm_loss(v, path, x1)               # train v on this: Eq. (14), for OTPath Eq. (23)
-    x = sample(v, path, (n, *dims)).x          # after v.eval()
+    x = sample(v, path, (n, *dims)).x          # after v.eval(), if v is a module
     log_p = log_prob(v, path, x1).log_prob     # in nats
     x0 = odeint(v, x1, path.t_span[::-1]).x    # encodes data; path.t_span decodes it
 
-A vector field is any callable v(t, x, **cond) with t (B,) and x (B, *dims), which returns the shape
-of x and writes into neither. Its rows must not see each other: the default solver calls v with the
-samples that are still under way, each at its own time. So a tensor with one row per sample is
-passed in the dictionary cond, as in cfm_loss(v, path, x1, cond={"y": labels}), and never bound
-into v.
+A vector field is any callable v(t, x, **cond) with t (B,) and x (B, *dims). It returns the shape of
+x, and does not write into its arguments. Its rows must not see each other: the default solver calls
+v with the samples that are still under way, each at its own time. So a tensor with one row per
+sample is passed in the dictionary cond, as in cfm_loss(v, path, x1, cond={"y": labels}), and never
+bound into v.
 
     1 Paths           Gaussian paths, their fields and conversions      Eqs. (10)-(22), (38), (46)
     2 Loss            conditional flow matching, Table 1's objectives   Eqs. (14), (23), (43)-(46)
@@ -100,9 +100,11 @@ LAST_TIME = 1 - 1e-5
 class ConditionalFlow:
     """x_t = psi_t(x0 | x1), any map differentiable in t, with psi_0(x0) = x0 and psi_1(x0) = x1.
 
-    psi(t (B,), x0, x1) -> (B, *dims) is a function, or a method of a subclass. Every path has three
+    psi(t (B,), x0, x1) -> (B, *dims) is a function, or a subclass defines it. Every path has three
     attributes. t_span: the times of training and sampling. source_std: a solve starts from
-    p_0 = N(0, source_std^2 I). allows_pairs: psi_0(x0) = x0, so you may choose the x0 of each x1.
+    p_0 = N(0, source_std^2 I). allows_pairs: True if psi_0(x0) = x0; only then may x0 be passed to
+    cfm_loss. With an x0 that is not N(0, I), draw and pass x0 yourself, and solve by odeint from
+    your own draws: cfm_loss, sample and log_prob know N(0, I) alone.
     """
 
     def __init__(self, psi=None, t_span=(0.0, 1.0)):
@@ -147,8 +149,8 @@ class GaussianPath(ConditionalFlow):
     """p_t(x | x1) = N(x | mu_t(x1), sigma_t(x1)^2 I), Eq. (10); sigma_t may also be elementwise.
 
     moments(t, x1) returns mu_t, sigma_t and their time derivatives, to broadcast against x1 (see
-    time_column), from mu_0 = 0 and sigma_0 = source_std on. It is a function, or a method of a
-    subclass. u, log_prob and score raise ValueError where sigma_t = 0.
+    time_column). It is a function, or a subclass defines it. At t = 0 the mean is 0 and the std is
+    source_std. u, log_prob and score raise ValueError where sigma_t = 0.
     """
 
     def __init__(self, moments=None, t_span=(0.0, 1.0), source_std=1.0):
@@ -182,10 +184,7 @@ class GaussianPath(ConditionalFlow):
         return _flat(log_p).sum(1)
 
     def score(self, t, x, x1):
-        """grad_x log p_t(x | x1), (B, *dims).
-
-        The s of Eqs. (43), (46) is minus this, a slip of the paper.
-        """
+        """grad_x log p_t(x | x1), (B, *dims); the paper writes s for minus it in (43), (46)."""
         mu_t, sigma_t, _, _ = self.moments(t, x1)
         self._check_sigma(sigma_t, t)
         return (mu_t - x) / sigma_t**2
@@ -197,10 +196,10 @@ class GaussianPath(ConditionalFlow):
 class AffinePath(GaussianPath):
     """The Gaussian path of mean alpha(t) x1 and standard deviation sigma(t).
 
-    alpha and sigma are two torch functions of t, or methods of a subclass, differentiated for you.
-    t may have any shape. t_span ends at 1, or at 1 - 1e-5 if sigma(1) = 0. ValueError unless, over
-    t_span, alpha / sigma starts at 0.1 at most, alpha ends at 1 and sigma falls; check_ends=False
-    allows other ends. source_std and allows_pairs are those at construction.
+    alpha and sigma are two torch functions of t, of any shape, or a subclass defines them; they are
+    differentiated for you. t_span ends at 1, or at 1 - 1e-5 if sigma(1) = 0. Sampling starts from
+    noise and must end at data. So ValueError unless, over t_span, alpha / sigma starts at 0.1 at
+    most, alpha ends at 1 and sigma falls; check_ends=False allows other ends.
     """
 
     def __init__(self, alpha=None, sigma=None, t_span=None, check_ends=True):
@@ -412,8 +411,8 @@ def cfm_loss(
     "none". generator: of the draws of t and x0. ValueError for data that is not finite floating
     point, other shapes, t outside the span and x0 on a path without pairs.
 
-    The minimum is not 0: for the velocity, without a weight, it is the mean over dimensions of
-    E Var[dpsi_t | x_t].
+    The loss does not reach 0: many pairs cross at x_t, and v can only predict the mean of their
+    velocities. Its minimum is the mean over dimensions of E Var[dpsi_t | x_t].
     A mask of (B, T) for a loss of (B, T, C), and a weight w for each sample, (B,):
         loss = cfm_loss(v, path, x1, reduction="none")
         m = mask[..., None].expand_as(loss); (loss * m).sum() / m.sum()
@@ -445,9 +444,7 @@ def cfm_loss(
         weight = weight or "sigma^2"
     else:
         raise ValueError(f"predict must be velocity, noise, score or data; got {predict!r}")
-    lambda_t = 1.0
-    if weight is not None:
-        lambda_t = _weight(weight, path, t, x1)
+    lambda_t = _weight(weight, path, t, x1)  # before v, which sees t
 
     v_t = _call(v, t, x_t.to(x1.dtype), cond)
     loss = lambda_t * (v_t - target) ** 2
@@ -461,6 +458,8 @@ def cfm_loss(
 
 def _weight(weight, path, t, x1):
     """lambda(t) of Eq. (43), to broadcast against x1."""
+    if weight is None:
+        return 1.0
     if weight == "sigma^2":
         _, sigma_t, _, _ = path.moments(t, x1)
         return sigma_t**2
@@ -641,7 +640,8 @@ class Solution(NamedTuple):
     """x: (B, *dims) at the last time, xs: (T, B, *dims) at all; nfe, accepted, rejected: (B,).
 
     nfe counts the calls of v for each sample, start-up and rejected steps included: steps times 1,
-    2 and 4 for euler, midpoint and rk4. A guided call counts once and costs two.
+    2 and 4 for euler, midpoint and rk4. A guided call counts once and costs two. The look of dopri5
+    at the rows of v is not counted: one call with the first sample, one with copies of the last.
     """
 
     x: Tensor
@@ -683,16 +683,16 @@ def odeint(
     """Solution of d/dt x = v(t, x), Eq. (1), from x at t[0] through all times in t, either way.
 
     x: (B, *dims). cond: tensors with one row per sample, passed to v. method: "dopri5" chooses the
-    steps of each sample on its own, so that their estimated local error has
-    norm(error / (atol + rtol |x|), **cond) <= 1, in at most max_nfe calls of v for each sample.
-    norm takes (B, *dims) and the names in cond, or **_, and returns (B,); it may mask padding.
-    "euler", "midpoint" and "rk4" share `steps` steps among the intervals; rtol, atol, max_nfe and
-    norm have no effect on them. With few fixed steps a likelihood is wrong by any amount, in either
-    direction, without a sign of it.
-    Gradients flow through the solve; wrap it in torch.no_grad() to save memory. They are NaN where
-    dopri5 rejected a step because it overflowed. ValueError for bad arguments and, from dopri5, for
-    a v whose rows see each other at the start. SolverError when a step underflows, v is not finite
-    or max_nfe is spent. Each step waits for a GPU once, and once more where a sample arrives.
+    steps of each sample on its own. A step is accepted if norm(error / (atol + rtol |x|), **cond)
+    <= 1, for its estimated error; a sample has at most max_nfe calls of v. norm takes (B, *dims)
+    and the names in cond, or **_, and returns (B,); it may mask padding. "euler", "midpoint" and
+    "rk4" share `steps` steps among the intervals; rtol, atol, max_nfe and norm have no effect on
+    them. Do not compute likelihoods with few fixed steps: the result may be far too high or low.
+    Gradients flow through the solve to x, cond and the weights of v, but not to t; wrap it in
+    torch.no_grad() to save memory. They are NaN where dopri5 rejected a step that overflowed.
+    ValueError for bad arguments and, from dopri5, for a v whose rows see each other at the start,
+    unless check_rows is False. SolverError when a step underflows, v is not finite or max_nfe is
+    spent. Each step waits for a GPU once, and once more where a sample arrives.
     """
     _check_batch("x", x)
     cond = _check_cond(cond, x)
@@ -800,8 +800,7 @@ def _dopri5(f, x, times, rtol, atol, max_nfe, norm, cond, check_rows):
             _check_start(f, t, x, k, times[-1] - times[0], cond)
         h = _first_step(f, t, x, k, times[1] - times[0], rtol, atol, norm, cond)  # its next step
     nfe = torch.full_like(t, 2, dtype=torch.long)
-    accepted = torch.zeros_like(nfe)
-    batch = (t, h, x, k, nfe, accepted)
+    batch = (t, h, x, k, nfe, torch.zeros_like(nfe))
     xs = [x]
     for t_end in times[1:]:
         going = torch.arange(len(xs[0]), device=x.device)  # the samples that are not at t_end yet
@@ -832,8 +831,7 @@ def _dopri5(f, x, times, rtol, atol, max_nfe, norm, cond, check_rows):
             k = torch.where(_as_column(accept, x), k_new, k)
             any_arrived, any_stuck, any_spent = flags.tolist()  # the one wait for a GPU
             if any_arrived or any_stuck or any_spent:
-                # Gathered here, not at every step, which would cost a tenth of the time.
-                parts = (t, h, x, k, nfe, accepted)
+                parts = (t, h, x, k, nfe, accepted)  # at every step a tenth of the time
                 batch = [whole.index_copy(0, going, part) for whole, part in zip(batch, parts)]
                 if any_stuck or any_spent:
                     _fail(going, is_stuck, is_spent, batch)
@@ -869,8 +867,9 @@ def _first_step(f, t, x, k, span, rtol, atol, norm, cond):
     """A first step (B,), signed, inside the first interval, from two slopes a little apart.
 
     Sizes are in tolerances. Hairer, Norsett & Wanner (1993), II.4, choose the h at which an error
-    of max(|v|, |v'|) h^5 is 0.01. If it is longer, we take the h at which |v| L^4 h^5 / 1000, the
-    error for a field of rate L = |v'| / |v|, is 0.1: it saves easy fields a fifth of their calls.
+    of max(|v|, |v'|) h^5 is 0.01. For easy fields that step is too careful. If it is longer, we
+    take the h at which |v| L^4 h^5 / 1000, the error for a field of rate L = |v'| / |v|, is 0.1:
+    it saves a fifth of their calls.
     """
     scale = (atol + rtol * x.abs()).clamp(min=torch.finfo(x.dtype).tiny)
     size_v = norm(k / scale, **cond)
@@ -897,11 +896,10 @@ def _check_norm(size, x):
 def _check_start(f, t, x, k, span, cond):
     """SolverError where k = f(t, x) is not finite; ValueError where the rows of f see each other.
 
-    For the second, f is called with four copies of the last sample, and with the first alone. Their
-    slopes may differ by a fifth from those in the batch, as other batch sizes round otherwise, in
-    bfloat16, too; those of the copies by a hundredth from each other. Where the slope is near 0, a
-    twentieth of |x| / |span| counts. It cannot see a coupling below a fifth of the slope, as by one
-    int8 scale for the whole batch, or one that begins later.
+    For the second, f is called with four copies of the last sample, and with the first alone. We
+    allow a fifth between a slope alone and in the batch (rounding, bfloat16), and a hundredth
+    between the copies. Where the slope is near 0, a twentieth of |x| / |span| counts. It cannot see
+    a coupling below a fifth of the slope, as by one int8 scale for the whole batch, or a later one.
     """
     bad = ~k.isfinite()
     if bad.any():
@@ -1057,12 +1055,17 @@ def log_prob(
     _check_path(path, ConditionalFlow)
     _check_batch("x1", x1)
     cond = _check_cond(cond, x1)
-    _check_divergence(divergence, probes, cond)
+    exact = divergence == "exact"
+    known = exact or divergence == "hutchinson"
+    _require(known, "divergence must be 'exact' or 'hutchinson'", divergence)
+    fits = probes == 1 or (probes > 1 and not exact)
+    _require(fits, "probes, 1 or more, are for divergence='hutchinson'", probes)
+    _require("_probes" not in cond, "the name _probes in cond is taken: choose another")
     with torch.inference_mode(False):  # tensors made under it cannot be differentiated
         x1 = x1.clone()
         cond = {name: c.clone() for name, c in cond.items()}
     z = None
-    if divergence == "hutchinson":
+    if not exact:
         # Departure: the paper names no law of z; signs (Rademacher) have the least variance.
         shape = (len(x1), probes, *x1.shape[1:])
         z = torch.randint(2, shape, device=x1.device, generator=generator).to(x1.dtype) * 2 - 1
@@ -1073,7 +1076,7 @@ def log_prob(
         std = path.source_std
         log_p0 = -((x0 / std) ** 2 + math.log(2 * math.pi * std**2)).sum(1) / 2
         log_p1 = log_p0 - f0.mean(1)  # Eq. (33), or Eq. (35)
-        if divergence == "exact":
+        if exact:
             std_err = torch.zeros_like(log_p1)
         elif probes == 1:
             std_err = torch.full_like(log_p1, math.nan)
@@ -1089,41 +1092,45 @@ def _reverse_solve(v, path, x1, cond, z, differentiable, norm, solver):
     """
     B, *dims = x1.shape
     d = x1[0].numel()
-    conditions = dict(cond)
+    start, end = path.t_span
+    t = _as_time(end, x1).expand(B)
+    basis = torch.eye(d, dtype=x1.dtype, device=x1.device).view(d, 1, *dims)
+    zeros = x1.new_zeros(B, 1)
+    rows = dict(cond)
     if z is not None:
-        conditions["_probes"] = z  # a private name: like cond, each row goes with its sample
+        basis = None
+        zeros = x1.new_zeros(B, z.shape[1])
+        rows["_probes"] = z  # a private name: like cond, each row goes with its sample
+
+    def augmented(t, state, /, _probes=None, **cond):
+        """d/dt [phi_t(x), f(t)] = [v_t, -div v_t], Eqs. (28)-(29), of states (b, d + P)."""
+        x = state[:, :d].reshape(-1, *dims).to(x1.dtype)
+        if _probes is None:
+            v_t, diagonal = _jacobian_products(v, t, x, basis, differentiable, cond)
+            div_t = diagonal.sum(1, keepdim=True)
+        else:
+            v_t, div_t = _jacobian_products(v, t, x, _probes.movedim(1, 0), differentiable, cond)
+        return torch.cat([v_t.reshape(len(x), d).to(state.dtype), -div_t], 1)
+
+    def without_divergence(t, x, /, **cond):
+        with torch.enable_grad():  # as in augmented
+            return _call(v, t, x.detach().requires_grad_(), cond).detach()
 
     def larger_norm(error, /, _probes=None, **cond):
         size_x = norm(error[:, :d].reshape(-1, *dims), **cond)
         _check_norm(size_x, error)
         return torch.maximum(size_x, rms(error[:, d:]))
 
-    def without_divergence(t, x, /, **cond):
-        with torch.enable_grad():  # as where the divergence is taken
-            return _call(v, t, x.detach().requires_grad_(), cond).detach()
-
-    start, end = path.t_span
-    t = _as_time(end, x1).expand(B)
     v_t = without_divergence(t, x1, **cond)
     _check_start(without_divergence, t, x1, v_t, end - start, cond)
-
-    augmented = _augmented_field(v, x1, z is None, differentiable)
-    state = torch.cat([x1.reshape(B, d), x1.new_zeros(B, 1 if z is None else z.shape[1])], 1)
-    state = state.to(_at_least_float32(x1.dtype))  # [x1, 0], Eq. (32)
-    options = {"cond": conditions, "norm": larger_norm, "check_rows": False, **solver}
+    state = torch.cat([x1.reshape(B, d), zeros], 1)  # [x1, 0], Eq. (32)
+    state = state.to(_at_least_float32(x1.dtype))
+    options = {"cond": rows, "norm": larger_norm, "check_rows": False, **solver}
     solution = odeint(augmented, state, (end, start), **options)
     f0 = solution.x[:, d:]
     if not f0.any():
         _check_autodiff(v, t, x1, cond)
     return solution.x[:, :d], f0, solution.nfe
-
-
-def _check_divergence(divergence, probes, cond):
-    known = divergence in ("exact", "hutchinson")
-    _require(known, "divergence must be 'exact' or 'hutchinson'", divergence)
-    fits = probes == 1 or (probes > 1 and divergence == "hutchinson")
-    _require(fits, "probes, 1 or more, are for divergence='hutchinson'", probes)
-    _require("_probes" not in cond, "the name _probes in cond is taken: choose another")
 
 
 def _check_autodiff(v, t, x, cond):
@@ -1140,29 +1147,6 @@ def _check_autodiff(v, t, x, cond):
         moved = _call(v, t, 1.01 * x + 0.01, cond)
     rule = "v depends on x, but cuts it from autodiff by no_grad, detach or numpy: divergence 0"
     _require(bool((moved == v_t).all()), rule)
-
-
-def _augmented_field(v, x1, exact, differentiable):
-    """d/dt [phi_t(x), f(t)] = [v_t, -div v_t], Eqs. (28)-(29), as a field of states (B, d + P).
-
-    P is the number of probes, and 1 for the exact divergence.
-    """
-    dims = x1.shape[1:]
-    d = x1[0].numel()
-    basis = None
-    if exact:
-        basis = torch.eye(d, dtype=x1.dtype, device=x1.device).view(d, 1, *dims)
-
-    def augmented(t, state, /, _probes=None, **cond):
-        x = state[:, :d].reshape(-1, *dims).to(x1.dtype)
-        if exact:
-            v_t, diagonal = _jacobian_products(v, t, x, basis, differentiable, cond)
-            div_t = diagonal.sum(1, keepdim=True)
-        else:
-            v_t, div_t = _jacobian_products(v, t, x, _probes.movedim(1, 0), differentiable, cond)
-        return torch.cat([v_t.reshape(len(x), d).to(state.dtype), -div_t], 1)
-
-    return augmented
 
 
 # The numbers in a batch of vector-Jacobian products; larger ones leave the cache of a CPU.
@@ -1322,13 +1306,13 @@ class Stage(nn.Sequential):
 class UNet(nn.Module):
     """v_t(x) for images, as net(t, x, y=None, concat=None); call net.eval() before sampling.
 
-    channels: of the first level; channel_mult: their multiple at each level, which has half the
-    size of the last. num_res_blocks: residual blocks a level. attention_resolutions: sizes in
+    channels (even): of the first level; channel_mult: their multiple at each level, which has half
+    the size of the last. num_res_blocks: residual blocks a level. attention_resolutions: sizes in
     pixels of the levels with attention; the middle always has it. head_channels: channels of each
-    attention head. num_classes: the number of labels y; y = num_classes and y = None mean no label.
+    attention head. num_classes: labels y are 0 to num_classes - 1; num_classes and None mean none.
     time_scale: factor of t in its embedding. concat_channels: channels of a second image, concat,
     that the network sees beside x. UNet(**net.config) builds the network again. ValueError for
-    sizes that do not fit.
+    attention at other sizes.
 
     Take 48 channels or more. With 32 or a smaller power of 2, GroupNorm has one channel a group,
     which erases time and label.
