@@ -1624,11 +1624,9 @@ def _solver_times(t, dtype):
     rule = "t takes no gradient: solve over fixed times a field with the learned scale in it"
     _require(not learned, rule)
     times = _as_numbers("t must be two or more times", t)
-    rounded = torch.tensor(times, dtype=dtype).tolist()
-    steps = [end - start for start, end in zip(rounded, rounded[1:])]
-    rises = all(0 < step < math.inf for step in steps)
-    falls = all(-math.inf < step < 0 for step in steps)
-    fits = len(times) > 1 and (rises or falls)
+    steps = torch.tensor(times, dtype=dtype).diff()
+    one_way = bool((steps > 0).all()) or bool((steps < 0).all())
+    fits = len(times) > 1 and bool(steps.isfinite().all()) and one_way
     _require(fits, f"t must be two or more times, all rising or all falling in {dtype}", t)
     return times
 
