@@ -330,6 +330,15 @@ def test_eq14_draws_t_then_x0_from_the_generator(path):
     assert_close(cfm_loss(itself, path, x1, reduction="none"), squares)
 
 
+def test_infinities_in_cond_are_let_through_as_masks():
+    x1, mask = torch.randn(4, 2), torch.tensor([[0.0, -math.inf]]).expand(4, 2)
+    loss = cfm_loss(lambda t, x, mask: mask.exp() * x, STRAIGHT, x1, cond={"mask": mask})
+    assert (
+        loss.isfinite()
+        and odeint(lambda t, x, m: m.exp() * x, x1, cond={"m": mask}).x.isfinite().all()
+    )
+
+
 def test_masks_and_weights_of_the_docstring_mean_what_they_say():
     """At B = T = C, where a mask that broadcasts along another dimension would be silent."""
     x1 = randn(3, 3, 3)
