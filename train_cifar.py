@@ -470,12 +470,14 @@ class Pictures(ImageFolder):
                     todo.append((path, name if self.labelled and here == folder else label))
                 elif name.lower().endswith(IMG_EXTENSIONS):
                     self.found.append((path, label))
+        if not self.found:
+            raise UserError(f"{folder} holds no picture, {', '.join(IMG_EXTENSIONS)}")
         labels = {label for _, label in self.found}
         names = sorted(labels - {"."}) or sorted(labels)  # none beside the folders of classes
         return names, {name: number for number, name in enumerate(names)}
 
-    def make_dataset(self, folder, numbers, **options):
-        return [(file, numbers[label]) for file, label in self.found if label in numbers]
+    def make_dataset(self, folder, class_to_idx, **options):
+        return [(file, class_to_idx[label]) for file, label in self.found if label in class_to_idx]
 
     def __getitem__(self, index):
         try:
