@@ -178,12 +178,11 @@ def parse_args(argv=None):
         raise UserError(f"{rule}, where sampling starts: use --path vp")
     if args.batch % WORLD != 0:
         raise UserError(f"--batch {args.batch} must be a multiple of the {WORLD} ranks")
-    if args.test is not None:
-        data = Path(args.data).resolve()
-        test = Path(args.test).resolve()
-        if data in test.parents or test in data.parents:
-            rule = f"--test {args.test} and --data {args.data} must not be one inside the other"
-            raise UserError(f"{rule}: held-out images would be trained on")
+    data = Path(args.data).resolve()
+    test = Path(args.test or data).resolve()
+    if data in test.parents or test in data.parents:
+        rule = f"--test {args.test} and --data {args.data} must not be one inside the other"
+        raise UserError(f"{rule}, or held-out images are trained on: move one away")
     if not 0 <= args.seed <= 999:
         raise UserError(f"--seed must lie in 0 to 999, or runs share noise; got {args.seed}")
     return args, checkpoint
@@ -205,17 +204,19 @@ def train(args, checkpoint, device):
         raise UserError(f"--data {args.data} has {len(images)} images, fewer than a --batch")
     if args.conditional:
         classes = classes or images.classes
-        print("classes:", ", ".join(f"{number} {name}" for number, name in enumerate(classes)))
-    shown = None
+        print("classes:", dict(enumerate(classes)))
+    shown = None  # what pictures enlarge
     if args.superres > 1:
-        shown = load_images(args, classes, train=False)  # to be enlarged in pictures
+        shown = load_images(args, classes, train=False)
     net, average, optimizer, first = initial_state(args, checkpoint, classes, device)
     v, path = field(vars(args), average)
     print(vars(args))
     print(f"{len(images):,} images, {WORLD} ranks, from step {first}", flush=True)
     if args.compile:
         net.compile()
-    model = DistributedDataParallel(net) if WORLD > 1 else net
+    model = net
+    if WORLD > 1:
+        model = DistributedDataParallel(net)
     precision = nullcontext()  # MPS in torch 2.4 has no autocast that could be disabled
     if args.precision == "bf16":
         precision = torch.autocast(device.type, torch.bfloat16)
@@ -223,9 +224,9 @@ def train(args, checkpoint, device):
     torch.backends.cudnn.benchmark = True
     on_gpu = device.type == "cuda"
     order = step_indices(args, len(images), first)
-    how = {"num_workers": args.workers, "pin_memory": on_gpu}
+    how = {"num_workers": args.workers, "pin_memory": on_gpu}  # so that copies do not wait
     batches = DataLoader(images, batch_sampler=order, **how)
-    totals = torch.zeros(2, device=device)  # of rank 0's loss and the gradient norm, since `logged`
+    totals = torch.zeros(2, device=device)  # of this rank's loss and the norm, since `logged`
     logged = first
     began = time.perf_counter()
     for step, (pixels, labels) in enumerate(batches, first):
@@ -269,7 +270,8 @@ def train(args, checkpoint, device):
             speed = args.batch * (done - first) / (time.perf_counter() - began)
             left = time_left(began, done - first, args.steps - done)
             loss_mean = loss_sum / (done - logged)
-            print(f"step {done}  loss {loss_mean:.6g}  images/s {speed:.4g}  time left {left}")
+            line = f"step {done}  loss {loss_mean:.6g}  images/s {speed:.4g}  time left {left}"
+            print(line, flush=True)
             totals.zero_()
             logged = done
         if save and RANK == 0:
@@ -423,9 +425,11 @@ def field(settings, net):
 # ---- Data ----
 def load_images(args, classes, train):
     """Training or held-out pixels (C, S, S) uint8 and labels, numbered as classes unless []."""
-    source = args.data if train else args.test or args.data
-    if not train and args.test is None and args.data != "cifar10":
-        raise UserError("--bpd and --superres need held-out images: give --test FOLDER")
+    source = args.data
+    if not train:
+        source = args.test or args.data  # CIFAR-10 has test images of its own
+        if args.test is None and args.data != "cifar10":
+            raise UserError("--bpd and --superres need held-out images: give --test FOLDER")
     to_pixels = partial(read_pixels, size=args.size, grey=args.grey)
     if source == "cifar10":
         try:
@@ -448,14 +452,16 @@ def load_images(args, classes, train):
 
 
 class Pictures(ImageFolder):
-    """The pictures below a folder; with labels its subfolders are the classes, else it is one."""
+    """The pictures below a folder; with labels its subfolders are the classes, else it is one.
+
+    Each real folder is read once, even if links lead back to it, and hidden ones never.
+    """
 
     def __init__(self, folder, to_pixels, labelled):
         self.labelled = labelled
         super().__init__(folder, transform=to_pixels, loader=Image.open)
 
     def find_classes(self, folder):
-        """Finds the pictures, too; each real folder is read once, even if links lead back to it."""
         self.found = []  # pictures and their classes; "." is the folder itself
         seen = {os.path.realpath(folder)}
         todo = [(folder, ".")]
@@ -467,7 +473,8 @@ class Pictures(ImageFolder):
                     continue  # programs hide .ipynb_checkpoints and __MACOSX
                 if os.path.isdir(path):
                     seen.add(real)
-                    todo.append((path, name if self.labelled and here == folder else label))
+                    is_class = self.labelled and here == folder
+                    todo.append((path, name if is_class else label))
                 elif name.lower().endswith(IMG_EXTENSIONS):
                     self.found.append((path, label))
         if not self.found:
@@ -530,7 +537,8 @@ def generate(args, v, path, numbers, classes, images, device, **solver):
     if args.guidance != 1:
         v = fm.classifier_free_guidance(v, args.guidance)
     solution = fm.odeint(v, torch.cat(noise).to(device), path.t_span, cond=cond, **solver)
-    return ((solution.x + 1) * 128).clamp(0, 255).to(torch.uint8).cpu(), solution.nfe  # Eq. (36)
+    level = (solution.x + 1) * 128  # inverts Eq. (36); its floor is the pixel
+    return level.clamp(0, 255).to(torch.uint8).cpu(), solution.nfe
 
 
 def write_picture(args, v, path, classes, images, step, device):
@@ -562,7 +570,8 @@ def write_samples(args, v, path, classes, images, step, device):
             missing.append(number)
     barrier()  # all ranks have looked before one writes
     print(f"{args.sample - len(missing)} of {args.sample} samples are kept in {folder}")
-    print(f"sample i has label i modulo {len(classes)}, of {classes}")
+    if classes and args.superres == 1:
+        print(f"sample i has label i modulo {len(classes)}: {dict(enumerate(classes))}")
     for numbers in batches_of_rank(missing, args.eval_batch):
         pixels, nfe = generate(args, v, path, numbers, classes, images, device, **solver)
         for number, picture in zip(numbers, pixels):
@@ -576,13 +585,13 @@ def print_bpd(args, v, path, images, step, device):
     count = min(args.bpd, len(images))
     bpd = torch.zeros(count, device=device)
     seen = 0
-    for numbers in batches_of_rank(range(count), args.eval_batch):
+    for numbers in batches_of_rank(list(range(count)), args.eval_batch):
         torch.manual_seed(args.seed + 1000 * numbers[0])
         chosen = [number * len(images) // count for number in numbers]  # folders go by class
         pixels, labels = fetch(images, chosen, device)
         how = {"K": args.K, "rtol": args.tol, "atol": args.tol}
-        result = fm.bits_per_dim(v, path, pixels, cond=conditions(args, pixels, labels), **how)
-        bpd[numbers] = result.bpd
+        cond = conditions(args, pixels, labels)
+        bpd[numbers] = fm.bits_per_dim(v, path, pixels, cond=cond, **how).bpd
         seen += len(numbers)
         print(f"{bpd.sum() / seen:.4f} after {seen} images", end=", ")
     if WORLD > 1:
@@ -594,7 +603,8 @@ def print_bpd(args, v, path, images, step, device):
 
 def batches_of_rank(numbers, size):
     """Yields this rank's share of the numbers, in lists of at most that size; prints time left."""
-    batches = [list(numbers[i : i + size]) for i in range(0, len(numbers), size)][RANK::WORLD]
+    batches = [numbers[i : i + size] for i in range(0, len(numbers), size)]
+    batches = batches[RANK::WORLD]
     began = time.perf_counter()
     for done, batch in enumerate(batches, 1):
         yield batch
@@ -640,8 +650,8 @@ def main(argv=None):
         run(*parse_args(argv))
     except KeyboardInterrupt:
         args, checkpoint = parse_args(argv)
-        step = "none" if checkpoint is None else checkpoint["step"]
-        sys.exit(f"train_cifar.py: stopped; step of the checkpoint in {args.out}: {step}")
+        saved = checkpoint or {"step": "none"}
+        sys.exit(f"train_cifar.py: stopped; the checkpoint in {args.out} has step {saved['step']}")
     except (UserError, OSError, fm.SolverError) as error:
         # The last line is the cause: a worker of DataLoader puts its traceback before it.
         lines = (str(error) or repr(error)).splitlines()
