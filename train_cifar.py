@@ -395,7 +395,8 @@ def read_checkpoint(out):
         return None
     try:
         checkpoint = torch.load(file, "cpu", weights_only=True)
-        checkpoint["args"], checkpoint["network"], checkpoint["average"]
+        if not checkpoint.keys() >= {"step", "args", "network", "net", "average", "optimizer"}:
+            raise KeyError
     except Exception as error:  # torch raises many kinds, for what it finds in the file
         rule = f"{file} is cut, or no checkpoint of train_cifar.py"
         raise UserError(f"{rule}: put a whole one there or give another --out") from error
