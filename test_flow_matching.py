@@ -2864,16 +2864,16 @@ def test_each_step_has_its_loss_rate_clipping_precision_seed_and_place_in_the_av
 
 
 def test_progress_is_the_mean_loss_images_per_second_and_the_time_left(cifar, steps, monkeypatch):
-    clock = iter(range(0, 10_000, 100))  # 100 s from one look to the next: one at first, two a line
+    clock = iter(range(0, 10_000, 100))  # 100 s from one look to the next: at first, at each line
     monkeypatch.setattr(train_cifar.time, "perf_counter", lambda: next(clock))
     _, text = cifar("--steps 5")
     line = re.compile(r"^step (\d+)  loss (\S+)  images/s (\S+)  time left (\S+)$", re.M)
     numbers, means, speeds, left = zip(*line.findall(text))
     losses = [step["loss"] for step in steps]
     expected = [(losses[0] + losses[1]) / 2, (losses[2] + losses[3]) / 2, losses[4]]
-    assert numbers == ("2", "4", "5") and left == ("0:05:00", "0:01:40", "0:00:00")
+    assert numbers == ("2", "4", "5") and left == ("0:02:30", "0:00:50", "0:00:00")
     assert [float(mean) for mean in means] == pytest.approx(expected, rel=1e-5)
-    assert [float(speed) for speed in speeds] == pytest.approx([0.16, 32 / 300, 0.08], rel=1e-3)
+    assert [float(speed) for speed in speeds] == pytest.approx([0.16, 0.16, 40 / 300], rel=1e-3)
 
 
 def test_compile_and_tf32_are_for_training_alone(cifar, monkeypatch):

@@ -199,24 +199,21 @@ def train(args, checkpoint, device):
     """Trains from the checkpoint, or from new weights, until step --steps."""
     Path(args.out, "samples").mkdir(parents=True, exist_ok=True)
     classes = [] if checkpoint is None else checkpoint["classes"]
-    images = load_images(args, classes, train=True)
+    images = shown = load_images(args, classes, train=True)
     if len(images) < args.batch:
         raise UserError(f"--data {args.data} has {len(images)} images, fewer than a --batch")
     if args.conditional:
         classes = classes or images.classes
         print("classes:", dict(enumerate(classes)))
-    shown = None  # what pictures enlarge
     if args.superres > 1:
-        shown = load_images(args, classes, train=False)
+        shown = load_images(args, classes, train=False)  # what pictures enlarge
     net, average, optimizer, first = initial_state(args, checkpoint, classes, device)
     v, path = field(vars(args), average)
     print(vars(args))
     print(f"{len(images):,} images, {WORLD} ranks, from step {first}", flush=True)
     if args.compile:
         net.compile()
-    model = net
-    if WORLD > 1:
-        model = DistributedDataParallel(net)
+    model = DistributedDataParallel(net) if WORLD > 1 else net
     precision = nullcontext()  # MPS in torch 2.4 has no autocast that could be disabled
     if args.precision == "bf16":
         precision = torch.autocast(device.type, torch.bfloat16)
@@ -264,14 +261,13 @@ def train(args, checkpoint, device):
         if log or save:
             loss_sum, norm_sum = totals.tolist()
             if not math.isfinite(loss_sum + norm_sum):
-                rule = f"loss or gradient was not finite in the last steps up to {done}"
-                raise UserError(f"{rule}: lower --lr; a checkpoint in {args.out} is from before")
+                what = f"loss or gradient was not finite in the last steps up to {done}"
+                raise UserError(f"{what}: lower --lr; a checkpoint in {args.out} is from before")
         if log:
-            speed = args.batch * (done - first) / (time.perf_counter() - began)
-            left = time_left(began, done - first, args.steps - done)
-            loss_mean = loss_sum / (done - logged)
-            line = f"step {done}  loss {loss_mean:.6g}  images/s {speed:.4g}  time left {left}"
-            print(line, flush=True)
+            seconds = (time.perf_counter() - began) / (done - first)  # of a step
+            left = timedelta(seconds=round(seconds * (args.steps - done)))
+            line = f"step {done}  loss {loss_sum / (done - logged):.6g}  images/s"
+            print(f"{line} {args.batch / seconds:.4g}  time left {left}", flush=True)
             totals.zero_()
             logged = done
         if save and RANK == 0:
@@ -350,11 +346,6 @@ def learning_rate(args, step):
     if args.decay == "linear":
         part = min(part, (args.steps - 1 - step) / max(1, args.steps - warmup))
     return 1e-8 + (args.lr - 1e-8) * part
-
-
-def time_left(began, done, left):
-    """The time that what is left will take, if it goes on as since `began`."""
-    return timedelta(seconds=round((time.perf_counter() - began) / done * left))
 
 
 # ---- Files of the run ----
@@ -439,7 +430,8 @@ def load_images(args, classes, train):
         except (OSError, RuntimeError) as error:
             way_out = "put cifar-10-python.tar.gz into the folder data, or give --data FOLDER"
             raise UserError(f"CIFAR-10 could not be downloaded ({error}): {way_out}") from error
-        barrier()  # the other ranks wait for the download
+        if WORLD > 1:
+            dist.barrier()  # the other ranks wait for the download
         images = CIFAR10("data", train=train, transform=to_pixels)
     else:
         images = Pictures(source, to_pixels, args.conditional)
@@ -569,7 +561,8 @@ def write_samples(args, v, path, classes, images, step, device):
         # A file from before the checkpoint shows other weights, with --superres maybe other images.
         if args.superres > 1 or not file.exists() or file.stat().st_mtime < trained:
             missing.append(number)
-    barrier()  # all ranks have looked before one writes
+    if WORLD > 1:
+        dist.barrier()  # all ranks have looked before one writes
     print(f"{args.sample - len(missing)} of {args.sample} samples are kept in {folder}")
     if classes and args.superres == 1:
         print(f"sample i has label i modulo {len(classes)}: {dict(enumerate(classes))}")
@@ -609,16 +602,11 @@ def batches_of_rank(numbers, size):
     began = time.perf_counter()
     for done, batch in enumerate(batches, 1):
         yield batch
-        print("time left", time_left(began, done, len(batches) - done), flush=True)
+        seconds = (time.perf_counter() - began) / done * (len(batches) - done)
+        print("time left", timedelta(seconds=round(seconds)), flush=True)
 
 
 # ---- The program, on each rank ----
-def barrier():
-    """Waits until all ranks are here."""
-    if WORLD > 1:
-        dist.barrier()
-
-
 def run(args, checkpoint):
     """Joins the other ranks and does what the settings ask for."""
     if RANK > 0:
@@ -641,8 +629,8 @@ def run(args, checkpoint):
             write_samples(args, v, path, classes, images, checkpoint["step"], device)
         if args.bpd > 0:
             print_bpd(args, v, path, images, checkpoint["step"], device)
-    barrier()  # nobody leaves before the others
     if WORLD > 1:
+        dist.barrier()  # nobody leaves before the others
         dist.destroy_process_group()
 
 
