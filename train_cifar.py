@@ -89,7 +89,7 @@ def parse_args(argv=None):
     boolean = argparse.BooleanOptionalAction
     # fmt: off
     add = parser.add_argument_group("the run").add_argument
-    add("--out", default="runs/cifar", help="folder of the run; a checkpoint in it is gone on from")
+    add("--out", default="runs/cifar", help="folder of the run; a checkpoint there is resumed")
     add("--recipe", choices=RECIPES, default="modern",
         help="defaults of a new run: Tong et al. (2024), Table 3 of the paper, or two CPU cores")
     add("--sample", type=int, default=0,
@@ -106,7 +106,7 @@ def parse_args(argv=None):
     add("--data", default="cifar10",
         help="training images: a folder, or cifar10, which is downloaded into ./data")
     add("--test", help="held-out images: a folder, or cifar10; its own for --data cifar10")
-    add("--size", type=int, help="width in pixels; pictures are cut to a central square, averaged")
+    add("--size", type=int, help="width in pixels; a picture's central square is averaged")
     add("--grey", action=boolean, help="make the images grey, with one channel instead of three")
     add("--flip", action=boolean, help="mirror half of the images in training")
     add("--conditional", action=boolean, default=False,
@@ -114,7 +114,7 @@ def parse_args(argv=None):
              "hidden in training, for --guidance")
     add("--superres", type=int, default=1,
         help="learn images given themselves at 1/N of their width, Section 6.3; 1 gives nothing")
-    add("--workers", type=int, help="processes on each rank that read images; 0: training does")
+    add("--workers", type=int, help="processes a rank that read images; with 0 training does")
 
     add = parser.add_argument_group("method and network").add_argument
     add("--path", choices=fm.PATHS, default="ot", help="probability path, Section 4.1")
@@ -150,9 +150,9 @@ def parse_args(argv=None):
     add = parser.add_argument_group("sampling and evaluation").add_argument
     add("--tol", type=float, default=1e-5, help="relative and absolute tolerance of dopri5")
     add("--midpoint-steps", type=int, default=0,
-        help="for --sample: take so many midpoint steps, of two network calls; 0: dopri5")
+        help="for --sample: take so many midpoint steps, of two network calls each; 0: dopri5")
     add("--guidance", type=float, default=1.0,
-        help="w in v_none + w (v_label - v_none), for --sample after --conditional, at twice the "
+        help="w in v_none + w (v_label - v_none), for samples of labelled runs, at twice the "
              "network calls; 1 is no guidance")
     add("--K", type=int, default=1,
         help="draws of the dequantisation noise of an image in --bpd, Eq. (47); more than 1 bias "
