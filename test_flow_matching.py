@@ -3218,15 +3218,16 @@ def test_bpd_of_the_zero_field_is_the_gaussians(cifar, tmp_path, monkeypatch):
 def test_superres_writes_the_sample_alone_of_the_picture_and_its_label(
     cifar, tmp_path, monkeypatch, flag, channels
 ):
-    assert cifar(f"--superres 4 --conditional --steps 2 --test test {flag}")[0] is None
     seen = []
     monkeypatch.setattr(fm, "odeint", lambda *args, **how: seen.append(how) or odeint(*args, **how))
+    assert cifar(f"--superres 4 --conditional --steps 2 --test test {flag}")[0] is None
     for _ in range(2):
         error, text = cifar(f"--sample 7 {EULER}", new=False)
         assert error is None and "0 of 7 samples are kept" in text  # --test may be another
     cond = seen[1]["cond"]
     assert cond["y"].tolist() == [0, 0, 0, 1, 1, 1, 0]  # the labels of the pictures
     assert torch.equal(cond["concat"][0], cond["concat"][6])
+    assert torch.equal(cond["concat"], seen[0]["cond"]["concat"][:7])  # of the run's picture
     for number in range(7):
         (file,) = (tmp_path / "run").rglob(f"{number:06d}.png")
         assert np.asarray(Image.open(file)).reshape(8, 8, -1).shape[2] == channels

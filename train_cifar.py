@@ -165,7 +165,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)  # for --out and --recipe, which say where the defaults are
     checkpoint = read_checkpoint(args.out)
     stored = {} if checkpoint is None else checkpoint["args"]
-    parser.set_defaults(**{**recipe(args.recipe), **stored})
+    parser.set_defaults(**recipe(args.recipe))
+    parser.set_defaults(**stored)
     args = parser.parse_args(argv)
 
     # Refuse what would go wrong unseen, or after hours.
@@ -237,7 +238,8 @@ def train(args, checkpoint, device):
         # Eq. (36): --bpd measures the density that is trained. The paper does not say what it did.
         x1 = (pixels + torch.rand(pixels.shape, device=device)) / 128 - 1  # in [-1, 1)
         hidden = torch.rand(len(labels), device=device) < 0.1
-        cond = conditions(args, pixels, labels.masked_fill(hidden, len(classes)))
+        labels = labels.masked_fill(hidden, len(classes))  # the label that means none
+        cond = conditions(args, pixels, labels)
         t = draw_times(args, path, len(x1), device)
 
         # Take a step.
@@ -344,7 +346,8 @@ def learning_rate(args, step):
     warmup = max(1, args.warmup)
     part = min(1, (step + 1) / warmup)
     if args.decay == "linear":
-        part = min(part, (args.steps - 1 - step) / max(1, args.steps - warmup))
+        falling = max(1, args.steps - warmup)
+        part = min(part, (args.steps - 1 - step) / falling)
     return 1e-8 + (args.lr - 1e-8) * part
 
 
@@ -386,7 +389,7 @@ def read_checkpoint(out):
         return None
     try:
         checkpoint = torch.load(file, "cpu", weights_only=True)
-        if not checkpoint.keys() >= {"step", "args", "network", "net", "average", "optimizer"}:
+        if not checkpoint.keys() > {"args", "network", "average"}:
             raise KeyError
     except Exception as error:  # torch raises many kinds, for what it finds in the file
         rule = f"{file} is cut, or no checkpoint of train_cifar.py"
@@ -419,9 +422,11 @@ def load_images(args, classes, train):
     """Training or held-out pixels (C, S, S) uint8 and labels, numbered as classes unless []."""
     source = args.data
     if not train:
-        source = args.test or args.data  # CIFAR-10 has test images of its own
-        if args.test is None and args.data != "cifar10":
-            raise UserError("--bpd and --superres need held-out images: give --test FOLDER")
+        source = args.test
+        if args.test is None:
+            source = "cifar10"  # which has test images of its own
+            if args.data != "cifar10":
+                raise UserError("--bpd and --superres need held-out images: give --test FOLDER")
     to_pixels = partial(read_pixels, size=args.size, grey=args.grey)
     if source == "cifar10":
         try:
@@ -499,7 +504,8 @@ def read_pixels(image, size, grey):
         image = Image.fromarray(eight_bits.astype(np.uint8))
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
-    image = Image.alpha_composite(white, image).convert("L" if grey else "RGB")
+    image = Image.alpha_composite(white, image)
+    image = image.convert("L" if grey else "RGB")
     image = ImageOps.fit(image, (size, size), Image.Resampling.BOX)
     return pil_to_tensor(image)
 
@@ -520,7 +526,8 @@ def generate(args, v, path, numbers, classes, images, device, **solver):
     labels = torch.tensor(numbers, device=device) % max(1, len(classes))
     pixels = None
     if args.superres > 1:
-        pixels, labels = fetch(images, [number % len(images) for number in numbers], device)
+        chosen = [number % len(images) for number in numbers]
+        pixels, labels = fetch(images, chosen, device)
     cond = conditions(args, pixels, labels)
     shape = (1, 1 if args.grey else 3, args.size, args.size)
     noise = []
@@ -537,9 +544,10 @@ def generate(args, v, path, numbers, classes, images, device, **solver):
 def write_picture(args, v, path, classes, images, step, device):
     """samples/step_N.png: eight rows; a column for each of at most ten classes, or eight."""
     columns = min(10, len(classes)) or 8
-    solver = {"method": "midpoint", "steps": 10}
     numbers = range(8 * columns)
-    pixels, _ = generate(args, v, path, numbers, classes, images, device, **solver)
+    pixels, _ = generate(
+        args, v, path, numbers, classes, images, device, method="midpoint", steps=10
+    )
     save = partial(save_image, pixels / 255, nrow=columns, format="png")
     write_whole(Path(args.out, "samples", f"step_{step}.png"), save)
 
@@ -568,8 +576,9 @@ def write_samples(args, v, path, classes, images, step, device):
         print(f"sample i has label i modulo {len(classes)}: {dict(enumerate(classes))}")
     for numbers in batches_of_rank(missing, args.eval_batch):
         pixels, nfe = generate(args, v, path, numbers, classes, images, device, **solver)
-        for number, picture in zip(numbers, pixels):
-            save = partial(to_pil_image(picture).save, format="png")
+        for number, sample in zip(numbers, pixels):
+            picture = to_pil_image(sample)
+            save = partial(picture.save, format="png")
             write_whole(folder / f"{number:06d}.png", save)
         print(f"up to sample {numbers[-1]}, NFE {nfe.float().mean():.1f}", end=", ")
 
@@ -583,9 +592,10 @@ def print_bpd(args, v, path, images, step, device):
         torch.manual_seed(args.seed + 1000 * numbers[0])
         chosen = [number * len(images) // count for number in numbers]  # folders go by class
         pixels, labels = fetch(images, chosen, device)
-        how = {"K": args.K, "rtol": args.tol, "atol": args.tol}
         cond = conditions(args, pixels, labels)
-        bpd[numbers] = fm.bits_per_dim(v, path, pixels, cond=cond, **how).bpd
+        bpd[numbers] = fm.bits_per_dim(
+            v, path, pixels, K=args.K, cond=cond, rtol=args.tol, atol=args.tol
+        ).bpd
         seen += len(numbers)
         print(f"{bpd.sum() / seen:.4f} after {seen} images", end=", ")
     if WORLD > 1:
@@ -644,7 +654,8 @@ def main(argv=None):
     except (UserError, OSError, fm.SolverError) as error:
         # The last line is the cause: a worker of DataLoader puts its traceback before it.
         lines = (str(error) or repr(error)).splitlines()
-        sys.exit("train_cifar.py: " + lines[-1].split("UserError: ")[-1])
+        cause = lines[-1].split("UserError: ")[-1]
+        sys.exit(f"train_cifar.py: {cause}")
 
 
 if __name__ == "__main__":
