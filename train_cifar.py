@@ -369,7 +369,7 @@ def write_whole(file, save):
     """Writes what save(stream) writes: whoever kills this finds the old file or the new one."""
     data = io.BytesIO()
     save(data)
-    part = file.with_name(file.name + ".part")
+    part = file.with_name(f"rank_{RANK}.part")  # one name: what a kill leaves, the next replaces
     try:
         with open(part, "wb") as stream:
             stream.write(data.getbuffer())
