@@ -2612,10 +2612,9 @@ def test_train_toy_keeps_the_old_file_when_the_disk_is_full(tmp_path, monkeypatc
 
 # ---- train_cifar.py: helpers ---------------------------------------------------------------------
 
-NET = "--channels 12 --channel-mult 1 1 --head-channels 12 --num-res-blocks 1 --batch 8"
-TINY = f"--size 8 {NET} --attention-resolutions 4 --warmup 2 --lr 1e-3 --workers 0"
-TINY += " --steps 1 --log-every 2 --save-every 3 --picture-every 100"
-EULER = "--method euler --solver-steps 2"
+TINY = "--size 8 --channels 12 --channel-mult 1 --num-res-blocks 1 --attention-resolutions 8"
+TINY += " --batch 8 --steps 1 --warmup 2 --lr 1e-3 --workers 0 --log-every 2 --save-every 3"
+EULER = "--midpoint-steps 1"  # the cheapest samples
 
 
 def paint(folder, n, start=0):
@@ -2651,28 +2650,38 @@ def read(folder):
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
-def logged(text):
-    """Step and loss of each line of progress."""
-    lines = re.findall(r"^step (\d+)  loss (\S+)  images/s \S+  time left \S+$", text, re.M)
-    return [(int(step), float(loss)) for step, loss in lines]
-
-
-def assert_same(a, b):
-    """Equal bit for bit, whatever the nesting."""
-    a, names = tree_flatten(a)
-    b, others = tree_flatten(b)
-    assert names == others
-    for x, y in zip(a, b):
-        if isinstance(x, torch.Tensor):
-            assert torch.equal(x, y)
-        else:
-            assert x == y
-
-
 def assert_same_state(run, other):
     """Weights, average, optimizer and step of two runs are equal bit for bit."""
     for part in ("step", "network", "net", "average", "optimizer"):
-        assert_same(read(run)[part], read(other)[part])
+        a, names = tree_flatten(read(run)[part])
+        b, others = tree_flatten(read(other)[part])
+        assert names == others
+        for x, y in zip(a, b):
+            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+
+
+def assert_refused(error, *words):
+    """The error is one line that holds these words, and how to go on."""
+    assert isinstance(error, str) and "\n" not in error and error.startswith("train_cifar.py: ")
+    for word in words:
+        assert word in error, error
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """What each step of training hands to cfm_loss, as a list of dictionaries."""
+    seen = []
+
+    def watched(v, path, x1, *, cond, t, **how):
+        loss = cfm_loss(v, path, x1, cond=cond, t=t, **how)
+        autocast = torch.is_autocast_enabled("cpu")
+        seen.append(
+            {"x1": x1, "t": t, "loss": loss.item(), "how": how, "autocast": autocast, **cond}
+        )
+        return loss
+
+    monkeypatch.setattr(fm, "cfm_loss", watched)
+    return seen
 
 
 # A fork server that has imported torch once: processes to kill and to pair for the price of a fork.
@@ -2684,12 +2693,9 @@ if "forkserver" in multiprocessing.get_all_start_methods():  # not on Windows
 
 def child(argv, rank, world, port, cwd, before):
     """Runs the script as one of several ranks, in a process of its own."""
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
-    os.environ["MASTER_PORT"] = str(port)
-    os.environ["RANK"] = str(rank)
-    os.environ["WORLD_SIZE"] = str(world)
-    train_cifar.RANK = rank
-    train_cifar.WORLD = world
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    train_cifar.RANK, train_cifar.WORLD = rank, world
     os.chdir(cwd)
     log = os.open("text", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -2727,46 +2733,45 @@ def fork(cifar, tmp_path):
 
 def settings(flags=""):
     """What parse_args makes of a command line without a checkpoint."""
-    args, checkpoint = train_cifar.parse_args(["--out", "nowhere", *flags.split()])
-    assert checkpoint is None
-    return args
+    return train_cifar.parse_args(["--out", "nowhere", *flags.split()])[0]
 
 
 # ---- train_cifar.py: nothing is lost -------------------------------------------------------------
 
+RUNS = [
+    "--dropout 0.2 --conditional --workers 1",
+    "--flip --ema 0.9 --late-times 0.2 --precision bf16",
+]
 
-@cases("workers", [0, 1, 2])
-def test_resumed_equals_whole_bit_for_bit_with_any_number_of_workers(cifar, tmp_path, workers):
-    flags = f"--dropout 0.2 --conditional --data {tmp_path}/train"
+
+@cases("flags", RUNS)
+def test_resumed_equals_whole_bit_for_bit(cifar, tmp_path, flags):
     assert cifar(f"{flags} --steps 9", out="whole")[0] is None
-    error, text = cifar(f"{flags} --steps 5 --workers {workers}", out="parts")
-    assert error is None
-    assert [step for step, _ in logged(text)] == [2, 4, 5]
-    error, text = cifar("--steps 9", out="parts", new=False)  # the checkpoint knows the rest
+    assert cifar(f"{flags} --steps 5 --workers 0", out="parts")[0] is None
+    (tmp_path / "parts").rename(tmp_path / "moved")
+    error, text = cifar("--steps 9", out="moved", new=False)  # the checkpoint knows the rest
     assert error is None and "from step 5" in text
-    assert_same_state(tmp_path / "whole", tmp_path / "parts")
+    assert_same_state(tmp_path / "whole", tmp_path / "moved")
+    names = {file.name for file in (tmp_path / "moved").rglob("*") if file.is_file()}
+    assert names == {"checkpoint.pt", *[f"step_{step}.png" for step in (3, 5, 6, 9)]}
 
 
 def kill_in_call(module, name, number):
     """Lets the process kill itself in a call of a module's function."""
-    module = sys.modules[module]
-    function = getattr(module, name)
+    function = getattr(sys.modules[module], name)
     calls = []
 
-    def killed(*args):
+    def killed(*args, **kwargs):
         calls.append(args)
         if len(calls) == number:
             os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args)
+        return function(*args, **kwargs)
 
-    setattr(module, name, killed)
+    setattr(sys.modules[module], name, killed)
 
 
-KILLS = [  # a function and the number of its call
-    ("train_cifar", "draw_batch", 5),  # in a step
-    ("os", "fsync", 2),  # in the second save, at step 6
-    ("os", "replace", 2),
-]
+# In step 5; while the checkpoint of step 6 is written, after that of step 3 and its picture.
+KILLS = [("flow_matching", "cfm_loss", 5), ("os", "fsync", 3), ("os", "replace", 3)]
 
 
 @cases("module, name, number", KILLS)
@@ -2778,426 +2783,291 @@ def test_killed_nothing_is_lost(cifar, fork, tmp_path, module, name, number):
     assert error is None and "from step 3" in text
     assert cifar("--steps 7", out="whole")[0] is None
     assert_same_state(tmp_path / "whole", tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("*.part"))
 
 
-def test_a_checkpoint_is_on_disk_before_it_replaces_the_old_one(cifar, tmp_path, monkeypatch):
-    seen = []
-    fsync = os.fsync
-    replace = os.replace
-
-    def watched_fsync(descriptor):
-        fsync(descriptor)
-        seen.append(os.fstat(descriptor).st_size)
-
-    def watched_replace(part, file):
-        seen.append(os.path.getsize(part))
-        replace(part, file)
-
-    monkeypatch.setattr(os, "fsync", watched_fsync)
-    monkeypatch.setattr(os, "replace", watched_replace)
-    assert cifar("--steps 3")[0] is None
-    size = (tmp_path / "run" / "checkpoint.pt").stat().st_size
-    assert seen == [size, size]
-    names = {file.name for file in (tmp_path / "run").iterdir()}
-    assert names == {"checkpoint.pt", "samples"}
-
-
-@cases("call, saved", [(2, "has no checkpoint yet"), (5, "is saved at step 3")])
+@cases("call, saved", [(2, "none"), (5, "3")])
 def test_ctrl_c_names_the_step_of_the_last_checkpoint(cifar, monkeypatch, call, saved):
-    draw_batch = train_cifar.draw_batch
-    calls = []
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return draw_batch(*args)
-
-    monkeypatch.setattr(train_cifar, "draw_batch", interrupted)
-    code, text = cifar("--steps 9")
-    assert code == 130
-    assert text.splitlines()[-1] == f"stopped; run {saved}"
+    losses = iter([cfm_loss] * (call - 1) + [Mock(side_effect=KeyboardInterrupt)])
+    monkeypatch.setattr(fm, "cfm_loss", lambda *args, **how: next(losses)(*args, **how))
+    error, text = cifar("--steps 9")
+    assert_refused(error, "stopped", "run", f"step {saved}")
 
 
-def not_a_number(loss):
-    return loss * math.nan
+def small_disk():
+    """Files of at most 30 kB from here on; the system raises OSError beyond."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 
 
-def endless_slope(loss):
-    """The loss itself, with a gradient that is not finite."""
-    return loss + (0 * loss).sqrt()
+def test_a_full_disk_leaves_the_old_checkpoint_and_names_it(cifar, fork, tmp_path):
+    assert cifar("--steps 3")[0] is None
+    file = tmp_path / "run" / "checkpoint.pt"
+    before = file.read_bytes()
+    assert len(before) > 40_000
+    codes, text = fork("--steps 6", small_disk)
+    assert codes == [1] and "Traceback" not in text
+    assert_refused(text.splitlines()[-1], "run/checkpoint.pt", "could not be written")
+    assert file.read_bytes() == before
+    assert not list((tmp_path / "run").rglob("*.part"))
 
 
-NOT_FINITE = [  # settings, the step that breaks, the step that is looked at, that of the checkpoint
-    ("--log-every 2 --save-every 100", not_a_number, 5, 6, None),
-    ("--log-every 2 --save-every 100", endless_slope, 6, 6, None),
-    ("--log-every 2 --save-every 3", not_a_number, 5, 6, 3),
-    ("--log-every 100 --save-every 3", not_a_number, 5, 6, 3),
-    ("--log-every 100 --save-every 3", endless_slope, 6, 6, 3),
-    ("--log-every 4 --save-every 4 --picture-every 7", not_a_number, 5, 7, 4),
+@cases("damage", ["cut", "empty", "git-lfs", "foreign", "tensor"])
+def test_a_damaged_checkpoint_is_named_and_stays(cifar, tmp_path, damage):
+    assert cifar("--steps 1")[0] is None
+    file = tmp_path / "run" / "checkpoint.pt"
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    contents = {"cut": file.read_bytes()[:9000], "empty": b"", "git-lfs": pointer}
+    if damage in contents:
+        file.write_bytes(contents[damage])
+    else:
+        torch.save({"state_dict": {}} if damage == "foreign" else torch.zeros(3), file)
+    before = file.read_bytes()
+    for flags in ("--steps 2", "--sample 1"):
+        assert_refused(cifar(flags)[0], "run/checkpoint.pt", "another --out")
+    assert file.read_bytes() == before
+
+
+NOT_FINITE = [  # settings, what breaks, in which step, where it is looked at, the step that is kept
+    ("--log-every 2 --save-every 100", lambda loss: loss * math.nan, 5, 6, None),
+    ("--log-every 100 --save-every 3", lambda loss: loss * math.nan, 5, 6, 3),
+    ("--log-every 4 --save-every 3", lambda loss: loss + (0 * loss).sqrt(), 6, 6, 3),  # its slope
 ]
 
 
 @cases("flags, change, bad, step, saved", NOT_FINITE)
-def test_not_finite_stops_the_run_and_keeps_the_checkpoint(
+def test_not_finite_keeps_the_checkpoint(
     cifar, tmp_path, monkeypatch, flags, change, bad, step, saved
 ):
-    calls = []
+    calls = iter(range(1, 10))
 
-    def broken(*args, **kwargs):
-        loss = cfm_loss(*args, **kwargs)
-        calls.append(loss)
-        if len(calls) == bad:
-            loss = change(loss)
-        return loss
+    def broken(*args, **how):
+        loss = cfm_loss(*args, **how)
+        return change(loss) if next(calls) == bad else loss
 
-    monkeypatch.setattr(train_cifar, "cfm_loss", broken)
+    monkeypatch.setattr(fm, "cfm_loss", broken)
     error, _ = cifar(f"--steps 9 {flags}")
-    assert (
-        f"not finite in the last steps up to {step}" in error
-        and "--lr" in error
-        and "\n" not in error
-    )
-    assert not (tmp_path / "run" / "samples").exists()
-    if saved is None:
-        assert not (tmp_path / "run" / "checkpoint.pt").exists()
-    else:
+    assert_refused(error, f"not finite in the last steps up to {step}", "--lr")
+    assert (tmp_path / "run" / "checkpoint.pt").exists() == (saved is not None)
+    if saved is not None:
         state = read(tmp_path / "run")
         assert state["step"] == saved
         assert all(weight.isfinite().all() for weight in state["net"].values())
 
 
-def test_a_checkpoint_of_a_compiled_run_is_that_of_any_run(cifar, tmp_path, monkeypatch):
-    compiled = []
-
-    def fast_compile(self):
-        compiled.append(self)
-        torch.nn.Module.compile(self, backend="eager")
-
-    monkeypatch.setattr(UNet, "compile", fast_compile, raising=False)
-    assert cifar("--steps 2 --compile", out="one")[0] is None
-    assert cifar("--steps 4 --no-compile", out="one", new=False)[0] is None
-    assert cifar("--steps 2", out="two")[0] is None
-    assert len(compiled) == 1
-    assert cifar("--steps 4 --compile", out="two", new=False)[0] is None
-    assert len(compiled) == 2
-    one = read(tmp_path / "one")
-    two = read(tmp_path / "two")
-    for part in ("net", "average"):
-        assert_close(one[part], two[part], rtol=0, atol=1e-5)
-    assert cifar(f"--sample 1 {EULER}", out="two", new=False)[0] is None
-    assert len(compiled) == 2  # for training alone
+def test_a_checkpoint_of_version_3_0_loads_samples_and_resumes(cifar, tmp_path):
+    """Its settings had other names, too, and inf for a gradient that is not clipped."""
+    flags = "--conditional --clip 0"
+    assert cifar(f"{flags} --steps 3")[0] is None
+    state = read(tmp_path / "run")
+    state["args"].update(init=None, head_channels=64, picture_every=5000, clip=math.inf)
+    state.update(images=20, ranks=1)
+    torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    assert cifar(f"--sample 2 {EULER}", new=False)[0] is None
+    assert cifar("--steps 6", new=False)[0] is None
+    assert cifar(f"{flags} --steps 6", out="whole")[0] is None
+    assert_same_state(tmp_path / "whole", tmp_path / "run")
+    state["network"]["time_scale"] = 500.0  # of other weights: what is built follows the file
+    torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    assert cifar("--steps 6", new=False)[0] is None
+    assert train_cifar.load("run")[2].config["time_scale"] == 500.0
 
 
 # ---- train_cifar.py: settings --------------------------------------------------------------------
 
-
-def test_a_resumed_run_takes_changed_settings_and_lists_them(cifar, tmp_path):
-    assert cifar("--steps 3")[0] is None
-    _, text = cifar("--steps 3", new=False)
-    assert "changed" not in text
-    error, text = cifar("--steps 6 --lr 5e-4", new=False)
-    assert error is None
-    assert text.splitlines()[1:3] == [
-        "changed since the checkpoint: steps was 3 and is 6",
-        "changed since the checkpoint: lr was 0.001 and is 0.0005",
-    ]
-    assert text.count("changed") == 2
-    (group,) = read(tmp_path / "run")["optimizer"]["param_groups"]
-    assert group["lr"] == pytest.approx(5e-4)
-    _, text = cifar("", new=False)  # now they are the checkpoint's
-    assert "lr=0.0005" in text.splitlines()[0] and "changed" not in text
-
-
-def test_a_resumed_run_says_that_images_or_ranks_are_others(cifar, tmp_path):
-    assert cifar("--steps 3")[0] is None
-    state = read(tmp_path / "run")
-    state["images"] += 1
-    state["ranks"] = 2
-    torch.save(state, tmp_path / "run" / "checkpoint.pt")
-    _, text = cifar("--steps 3", new=False)
-    count = state["images"] - 1
-    assert text.splitlines()[1:3] == [
-        f"changed since the checkpoint: images was {count + 1} and is {count}",
-        "changed since the checkpoint: ranks was 2 and is 1",
-    ]
-    assert text.count("changed") == 2
-
-
-def test_a_run_that_was_moved_goes_on_where_it_is(cifar, tmp_path):
-    assert cifar("--steps 3")[0] is None
-    (tmp_path / "run").rename(tmp_path / "moved")
-    error, text = cifar("--steps 6", out="moved", new=False)
-    assert error is None and "changed since the checkpoint: out" not in text
-    assert read(tmp_path / "moved")["step"] == 6
-    assert not (tmp_path / "run").exists()
-
-
-OTHER_NETWORKS = {  # flags on a finished run, the setting that is named
-    "--channels 24": "channels 12, not 24",
-    "--size 16": "image_size 8, not 16",
-    "--grey": "in_channels 3, not 1",
-    "--superres 2 --test test": "concat_channels 0, not 3",
-    "--dropout 0.3": "dropout 0.1, not 0.3",
-    "--conditional": "num_classes None, not 2",
-    "--path vp": "path ot, not vp",
-    "--path vp --objective noise": "path ot, not vp",
+RECIPES = {  # of Tong et al. (2024), of the paper in Table 3, of the README
+    "modern": "size 32 grey False flip True channels 128 channel_mult [1, 2, 2, 2] num_res_blocks"
+    " 2 attention_resolutions [16] dropout 0.1 batch 128 steps 400000 lr 0.0002 warmup 5000"
+    " decay none clip 1.0 ema 0.9999 late_times 0.0 workers 4",
+    "paper": "size 32 grey False flip False channels 256 channel_mult [1, 2, 2, 2] num_res_blocks 2"
+    " attention_resolutions [16] dropout 0.0 batch 256 steps 391000 lr 0.0005 warmup 45000"
+    " decay linear clip 0.0 ema 0.0 late_times 0.0 workers 4",
+    "laptop": "size 28 grey True flip False channels 48 channel_mult [1, 1, 2] num_res_blocks 1"
+    " attention_resolutions [7] dropout 0.0 batch 16 steps 5000 lr 0.001 warmup 150 decay linear"
+    " clip 1.0 ema 0.995 late_times 0.2 workers 0",
 }
+ALL = "out nowhere seed 0 data cifar10 test None conditional False superres 1 path ot"
+ALL += " objective velocity precision fp32 compile False log_every 100 save_every 1000 sample 0"
+ALL += " bpd 0 tol 1e-05 midpoint_steps 0 guidance 1.0 K 1 eval_batch 64"
 
 
-def test_another_network_path_or_objective_stops_with_one_line(cifar, tmp_path):
-    assert cifar("--steps 3")[0] is None
+@cases("recipe", RECIPES)
+def test_recipes_have_these_values_and_flags_come_first(recipe):
+    args = vars(settings(f"--recipe {recipe} --device cpu"))
+    golden = f"recipe {recipe} {RECIPES[recipe]} {ALL} device cpu"
+    found = " ".join(f"{name} {value}" for name, value in args.items())
+    pairs = re.compile(r"(\w+) (\[.*?\]|\S+)")
+    assert dict(pairs.findall(found)) == dict(pairs.findall(golden))
+    changed = vars(settings(f"--lr 1e-5 --no-grey --recipe {recipe} --device cpu"))
+    assert changed == {**args, "lr": 1e-5, "grey": False}
+
+
+def test_a_resumed_run_keeps_settings_takes_changes_and_forgets_those_of_one_command(
+    cifar, steps, tmp_path
+):
+    flags = "--eval-batch 3 --tol 0.5 --guidance 1 --midpoint-steps 4 --K 2 --seed 2"
+    assert cifar(f"{flags} --steps 3 --conditional")[0] is None
+    passing = "out device sample bpd tol midpoint_steps guidance K eval_batch".split()
+    stored = read(tmp_path / "run")["args"]
+    assert set(stored) == set(vars(settings())) - set(passing)
+    assert stored["seed"] == 2 and stored["conditional"] and stored["steps"] == 3
+    assert cifar("--steps 4 --lr 5e-4 --path ot", new=False)[0] is None
+    state = read(tmp_path / "run")
+    (group,) = state["optimizer"]["param_groups"]
+    assert group["lr"] == pytest.approx(5e-4) and state["args"]["lr"] == 5e-4
+    assert group["betas"] == (0.9, 0.999) and group["eps"] == 1e-8  # Appendix E
+    assert group["weight_decay"] == 0 and not group["amsgrad"]
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    for flags, words in OTHER_NETWORKS.items():
+    others = "--channels 24,--size 16,--grey,--superres 2,--dropout 0.3,--no-conditional,--path vp"
+    others += ",--num-res-blocks 2,--channel-mult 1 2,--attention-resolutions 4,--recipe laptop"
+    for flags in f"{others},--path vp --objective noise".split(","):
         error, _ = cifar(f"--steps 6 {flags}", new=False)
-        assert words in error and "begin another --out" in error and "\n" not in error
+        name = flags.split()[0].replace("--no-", "").strip("-").replace("-", "_")
+        assert_refused(error, "run was trained with", name, "begin another --out")
         assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
-    error, _ = cifar("--sample 1 --channels 24", new=False)
-    assert "channels 12, not 24" in error
-    error, text = cifar("--recipe laptop", new=False)
-    assert error == 2 and "begun with modern" in text
-    assert cifar("--steps 3 --path vp", out="vp")[0] is None
-    error, _ = cifar("--steps 6 --objective noise", out="vp", new=False)
-    assert "objective velocity, not noise" in error
 
 
-RECIPES = [
-    ("modern", (128, 2e-4, 5000, "none", 128, 1.0, 0.9999, 0.1, True, 32, [1, 2, 2, 2], [16])),
-    ("paper", (256, 5e-4, 45_000, "linear", 256, math.inf, 0, 0, False, 32, [1, 2, 2, 2], [16])),
+def test_help_shows_the_commands_and_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        train_cifar.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert "\n    torchrun --nproc_per_node=8 train_cifar.py   " in text
+    text = " ".join(text.split())
+    for name, value in {**vars(settings()), "out": "runs/cifar"}.items():
+        assert f" --{name.replace('_', '-')}" in text and f"(default: {value})" in text
+    assert "sample i has label i modulo the number of classes" in text
+
+
+REFUSED = [  # command line, words of its one line
+    ("--objective noise", "--objective noise", "--path ot", "use --path vp"),
+    ("--objective score --path cosine", "--path vp"),
+    ("--data nowhere", "nowhere"),
+    ("--data run_not", "run_not"),
+    ("--data empty", "empty holds no picture"),
+    ("--batch 64", "--data train has 20 images, fewer than a --batch"),
+    ("--out train/a/000.png", "train/a/000.png"),
+    ("--sample 3", "run has no checkpoint.pt: train first"),
+    ("--bpd 3", "run has no checkpoint.pt: train first"),
+    ("--superres 2", "held-out images: give --test FOLDER"),
+    ("--seed 1000", "--seed must lie in 0 to 999", "got 1000"),
+    ("--test train/a", "--test train/a and --data train must not be one inside the other"),
+    ("--data train/a --test train", "--test train and --data train/a must not be one inside"),
+    ("--data train/a/../a --test linked", "must not be one inside"),
 ]
 
 
-@cases("recipe, values", RECIPES)
-def test_recipes_are_table_3_and_torchcfm(recipe, values):
-    names = "channels lr warmup decay batch clip ema dropout flip size channel_mult"
-    args = vars(settings(f"--recipe {recipe}"))
-    assert tuple(args[name] for name in [*names.split(), "attention_resolutions"]) == values
-    assert args["steps"] == {"modern": 400_000, "paper": 391_000}[recipe]
-    assert not args["grey"] and args["late_times"] == 0
+@cases("flags, words", [(case[0], case[1:]) for case in REFUSED])
+def test_what_a_user_can_mend_is_one_line(cifar, tmp_path, flags, words):
+    (tmp_path / "empty").mkdir()
+    os.symlink(tmp_path / "train", tmp_path / "linked")
+    error, text = cifar(flags)
+    assert_refused(error, *words)
+    assert "Traceback" not in text and not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-@cases("recipe", train_cifar.RECIPES)
-def test_flags_come_before_the_recipe(recipe):
-    args = vars(settings(f"--recipe {recipe}"))
-    for name, value in train_cifar.RECIPES[recipe].items():
-        assert args[name] == value
-    changed = vars(settings(f"--lr 1e-5 --recipe {recipe}"))
-    assert changed == {**args, "lr": 1e-5}
-
-
-def test_the_laptop_recipe_is_grey_and_no_grey_undoes_it():
-    assert settings("--recipe laptop").grey
-    assert not settings("--recipe laptop --no-grey").grey
-
-
-def test_help_names_every_flag_with_a_text_of_its_own(capsys):
-    with pytest.raises(SystemExit) as end:
-        train_cifar.parse_args(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert end.value.code == 0
-    defaults = vars(settings())
-    defaults["out"] = "runs/cifar"
-    for name, value in defaults.items():
-        flag = "--" + name.replace("_", "-")
-        assert f" {flag}" in text
-        assert f"(default: {value})" in text
+def test_a_download_that_fails_is_one_line_and_bugs_are_tracebacks(cifar, monkeypatch):
+    monkeypatch.setattr(train_cifar, "CIFAR10", Mock(side_effect=OSError("no route to host")))
+    error, _ = cifar("--data cifar10")
+    assert_refused(error, "could not be downloaded (no route to host)", "cifar-10-python.tar.gz")
+    monkeypatch.setattr(fm, "cfm_loss", Mock(side_effect=ValueError("a bug")))
+    with pytest.raises(ValueError, match="a bug"):
+        cifar("--steps 1")
+    stuck = fm.SolverError("dopri5: stuck", torch.zeros(1), torch.zeros(1))
+    monkeypatch.setattr(fm, "cfm_loss", Mock(side_effect=stuck))
+    assert_refused(cifar("--steps 1")[0], "dopri5: stuck")
 
 
 # ---- train_cifar.py: one step --------------------------------------------------------------------
 
 
-def record_steps():
-    """Lets a rank write to seen_RANK.pt what its steps drew, their gradients and what it saved."""
-    seen = []
-    clip_grad_norm_ = torch.nn.utils.clip_grad_norm_
-    save_checkpoint = train_cifar.save_checkpoint
-    write_picture = train_cifar.write_picture
-
-    def watched_loss(v, path, x1, *, cond, t, **how):
-        x0 = torch.randn_like(x1)
-        step = {"x0": x0, "x1": x1, "t": t, "y": cond["y"], "seed": torch.initial_seed()}
-        step["net"] = {name: p.clone() for name, p in v.module.state_dict().items()}
-        seen.append(step)
-        return cfm_loss(v, path, x1, cond=cond, t=t, x0=x0, **how)
-
-    def watched_clip(parameters, largest):
-        parameters = list(parameters)
-        seen[-1]["gradient"] = [p.grad.clone() for p in parameters]
-        torch.save(seen, f"seen_{train_cifar.RANK}.pt")
-        return clip_grad_norm_(parameters, largest)
-
-    def watched_save(*args):
-        Path(f"checkpoint of {train_cifar.RANK}").touch()
-        save_checkpoint(*args)
-
-    def watched_picture(*args):
-        Path(f"picture of {train_cifar.RANK}").touch()
-        write_picture(*args)
-
-    train_cifar.cfm_loss = watched_loss
-    train_cifar.save_checkpoint = watched_save
-    train_cifar.write_picture = watched_picture
-    torch.nn.utils.clip_grad_norm_ = watched_clip
-
-
-def test_two_ranks_take_the_gradient_of_the_union_of_their_batches(fork, tmp_path):
-    flags = "--conditional --dropout 0 --steps 4"
-    codes, text = fork(flags, record_steps, world=2)
-    assert codes == [0, 0], text
-    assert {file.name for file in tmp_path.glob("* of *")} == {"checkpoint of 0", "picture of 0"}
-    one = torch.load(tmp_path / "seen_0.pt")
-    two = torch.load(tmp_path / "seen_1.pt")
-    assert [step["seed"] for step in one] == [0, 2000, 4000, 6000]
-    assert [step["seed"] for step in two] == [1000, 3000, 5000, 7000]
-    net = UNet(**read(tmp_path / "run")["network"])
-    losses = []
-    for a, b in zip(one, two):
-        assert_same(a["net"], b["net"])
-        assert_same(a["gradient"], b["gradient"])
-        for name in ("x0", "x1", "t"):
-            assert a[name].ne(b[name]).any()
-        union = {}
-        for name in ("x0", "x1", "t", "y"):
-            union[name] = torch.cat([a[name], b[name]])
-        net.load_state_dict(a["net"])
-        cond = {"y": union["y"]}
-        loss = cfm_loss(net, OT, union["x1"], cond=cond, x0=union["x0"], t=union["t"])
-        gradient = torch.autograd.grad(loss, list(net.parameters()))
-        assert_close(a["gradient"], list(gradient), rtol=1e-4, atol=1e-6)
-        losses.append(loss.item())
-    steps, means = zip(*logged(text))
-    assert steps == (2, 4)  # one rank speaks
-    assert means == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2], rel=1e-4)
-
-
-def indices(monkeypatch, flags, count, first=0, rank=0, world=1):
-    monkeypatch.setattr(train_cifar, "RANK", rank)
-    monkeypatch.setattr(train_cifar, "WORLD", world)
-    return list(train_cifar.step_indices(settings(flags), count, first))
-
-
-def test_every_image_once_an_epoch_whatever_the_first_step_and_the_ranks(monkeypatch):
-    flags = "--batch 4 --steps 8"
-    whole = indices(monkeypatch, flags, 14)  # three batches an epoch, two images left
-    assert [len(batch) for batch in whole] == 8 * [4]
-    epochs = [sum(whole[i : i + 3], []) for i in (0, 3)]
-    for epoch in epochs:
-        assert len(set(epoch)) == 12 and set(epoch) <= set(range(14))
-    assert epochs[0] != epochs[1] and sorted(epochs[0]) != epochs[0]
-    for first in range(8):
-        assert indices(monkeypatch, flags, 14, first=first) == whole[first:]
-    one = indices(monkeypatch, flags, 14, rank=0, world=2)
-    two = indices(monkeypatch, flags, 14, rank=1, world=2)
-    for batch, a, b in zip(whole, one, two):
-        assert len(a) == len(b) == 2 and sorted(a + b) == sorted(batch)
-    assert indices(monkeypatch, f"{flags} --seed 1", 14) != whole
-
-
-def test_the_loader_has_its_workers_and_pins_memory_for_a_gpu():
-    for workers in (0, 1):
-        args = settings(f"--workers {workers}")
-        for device in ("cpu", "cuda"):
-            loader = train_cifar.batch_loader(args, range(200), 0, torch.device(device))
-            assert loader.num_workers == workers
-            assert loader.pin_memory == (device == "cuda")
-
-
-def greys(count=12):
-    """Grey levels 0, 1, .. as uint8 images (B, 3, 2, 2), and three labels in turn."""
-    pixels = torch.arange(count, dtype=torch.uint8).reshape(count, 1, 1, 1)
-    return pixels.expand(count, 3, 2, 2).contiguous(), torch.arange(count) % 3
-
-
-def test_dequantised_pixels_lie_in_their_own_step_of_the_training_scale():
-    pixels, labels = greys()
-    x1, cond = train_cifar.draw_batch(settings(), pixels, labels, [])
-    level = (x1 + 1) * 128
-    assert torch.equal(level.floor().to(torch.uint8), pixels) and cond == {}
+def test_one_batch_is_what_its_pictures_say(cifar, steps, tmp_path):
+    """Scale, noise a pixel and a channel, mirrored together with the condition, hidden tenth."""
+    generator = np.random.default_rng(0)
+    pictures = torch.tensor(generator.integers(256, size=(600, 8, 8, 3), dtype=np.uint8))
+    for i, picture in enumerate(pictures):
+        folder = tmp_path / "many" / "abc"[i % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.numpy()).save(folder / f"{i:03d}.png")
+    flags = "--data many --batch 600 --superres 2 --test test --conditional --flip"
+    assert cifar(flags)[0] is None
+    (step,) = steps
+    level = (step["x1"] + 1) * 128
+    pixels = level.floor().to(torch.uint8)
+    known = pictures.permute(0, 3, 1, 2)
+    same = {picture.numpy().tobytes(): i for i, picture in enumerate(known.contiguous())}
+    turned = {picture.numpy().tobytes(): i for i, picture in enumerate(known.flip(3).contiguous())}
+    found = {}
+    mirrored = 0
+    for row, image in enumerate(pixels.contiguous()):
+        image = image.numpy().tobytes()
+        mirrored += image in turned
+        found[row] = turned[image] if image in turned else same[image]
+    assert sorted(found.values()) == list(range(600)) and 0.42 < mirrored / 600 < 0.58
     noise = level - pixels
-    assert noise.mean().item() == pytest.approx(0.5, abs=0.1)
-    assert noise.std().item() == pytest.approx(12**-0.5, abs=0.05)
-    again, _ = train_cifar.draw_batch(settings(), pixels, labels, [])
-    assert again.ne(x1).all()
+    assert noise.min() >= 0 and noise.max() < 1
+    assert noise.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert noise.std().item() == pytest.approx(12**-0.5, abs=0.01)
+    for other in (noise.roll(1, 0), noise.roll(1, 1), noise.roll(1, 2), noise.roll(1, 3)):
+        assert abs(torch.corrcoef(torch.stack([noise.flatten(), other.flatten()]))[0, 1]) < 0.02
+    labels = torch.tensor([found[row] % 3 for row in range(600)])
+    hidden = step["y"] == 3  # the fourth label is none
+    assert 0.05 < hidden.float().mean() < 0.15
+    assert torch.equal(step["y"][~hidden], labels[~hidden])
+    low = F.avg_pool2d(pixels.double(), 2).round()
+    enlarged = enlarge(low.permute(0, 1, 3, 2)).permute(0, 1, 3, 2)  # rows, then columns
+    assert_near((step["concat"].double() + 1) * 128 - 0.5, enlarge(enlarged), 1e-3)
 
 
-@cases("flag, share", [("--flip", 0.5), ("--no-flip", 0.0)])
-def test_half_of_the_images_is_mirrored_left_to_right(flag, share):
-    corner = torch.tensor([[0, 255], [0, 0]], dtype=torch.uint8).expand(400, 3, 2, 2)
-    x1, _ = train_cifar.draw_batch(settings(flag), corner, torch.zeros(400).long(), [])
-    bright = x1 > 0.9
-    mirrored = bright[:, 0, 0, 0]
-    assert mirrored.float().mean().item() == pytest.approx(share, abs=0.1)
-    assert torch.equal(bright[:, :, 0, 0], mirrored[:, None].expand(-1, 3))
-    assert torch.equal(bright[:, 0, 0, 1], ~mirrored) and not bright[:, :, 1].any()
-
-
-def test_a_tenth_of_the_labels_is_hidden():
-    pixels, labels = greys(3000 // 12)
-    pixels, labels = pixels.repeat(12, 1, 1, 1), labels.repeat(12)
-    args = settings("--conditional")
-    _, cond = train_cifar.draw_batch(args, pixels, labels, ["a", "b", "c"])
-    hidden = cond["y"] == 3  # the fourth label is none
-    assert 0.07 < hidden.float().mean() < 0.13
-    assert torch.equal(cond["y"][~hidden], labels[~hidden])
-    assert set(labels[hidden].tolist()) == {0, 1, 2}
+def enlarge(rows):
+    """Columns twice as many, by cubic convolution (Keys, 1981) with a = -0.75."""
+    n = rows.shape[-1]
+    matrix = torch.zeros(n, 2 * n, dtype=torch.float64)
+    for i in range(2 * n):
+        at = (i + 0.5) / 2 - 0.5
+        for j in range(math.floor(at) - 1, math.floor(at) + 3):
+            x = abs(at - j)
+            weight = 1.25 * x**3 - 2.25 * x**2 + 1
+            if x >= 1:
+                weight = -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+            matrix[min(n - 1, max(0, j)), i] += weight
+    return rows @ matrix
 
 
 @cases("path", [OT, VP])
 def test_late_times_are_a_share_of_each_batch_and_have_the_law_of_1_minus_u5(path):
-    end = path.t_span[1]
     torch.manual_seed(1)
     uniform = path.sample_t(1000)
     torch.manual_seed(1)
     assert torch.equal(train_cifar.draw_times(settings(""), path, 1000, "cpu"), uniform)
     for share in (0.2, 0.5):
         args = settings(f"--late-times {share}")
-        t = train_cifar.draw_times(args, path, 1000, "cpu") / end
+        t = train_cifar.draw_times(args, path, 1000, "cpu") / path.t_span[1]
         assert 0 <= t.min() and t.max() <= 1
         for level in (0.1, 0.5, 0.9, 0.99, 0.999):
             below = (1 - share) * level + share * (1 - (1 - level) ** (1 / 5))
             assert (t < level).float().mean().item() == pytest.approx(below, abs=0.004)
 
 
-def test_each_step_gets_its_loss_rate_clipping_and_precision(cifar, monkeypatch):
-    seen = []
-    adam_step = torch.optim.Adam.step
+def test_each_image_once_an_epoch_in_an_order_of_seed_and_epoch(monkeypatch):
+    def order(flags="", first=0, rank=0, world=1):
+        monkeypatch.setattr(train_cifar, "WORLD", world)
+        monkeypatch.setattr(train_cifar, "RANK", rank)
+        args = settings(f"--batch 4 --steps 9 {flags}")
+        return list(train_cifar.step_indices(args, 14, first))
 
-    def watched_loss(v, path, x1, *, cond, t, **how):
-        autocast = torch.is_autocast_enabled("cpu")
-        seen.append({"path": path, "how": how, "autocast": autocast, "training": v.training})
-        loss = cfm_loss(v, path, x1, cond=cond, t=t, **how)
-        return loss + 9 + len(seen) - loss.detach()
-
-    def watched_step(self):
-        (group,) = self.param_groups
-        gradients = [p.grad.flatten() for p in group["params"]]
-        seen[-1]["lr"] = group["lr"]
-        seen[-1]["norm"] = torch.cat(gradients).norm().item()
-        adam_step(self)
-
-    monkeypatch.setattr(train_cifar, "cfm_loss", watched_loss)
-    monkeypatch.setattr(torch.optim.Adam, "step", watched_step)
-    flags = "--clip 1e-3 --precision bf16 --path vp --objective score"
-    error, text = cifar(f"--steps 5 {flags}")
-    assert error is None
-    assert [step["lr"] for step in seen] == pytest.approx([5e-4] + 4 * [1e-3], rel=1e-4)
-    for step in seen:
-        assert step["norm"] == pytest.approx(1e-3, rel=1e-2)
-        assert step["autocast"] and step["training"]
-        assert repr(step["path"]) == repr(VP)
-        assert step["how"] == {"predict": "score", "weight": "sigma^2"}
-    assert logged(text) == [(2, 10.5), (4, 12.5), (5, 14.0)]  # means of 10, 11, .. 14
-    seen.clear()
-    assert cifar("--steps 1 --clip inf", out="free")[0] is None
-    assert seen[0]["norm"] > 0.01 and not seen[0]["autocast"]
-
-
-def test_progress_tells_images_per_second_and_the_time_left(capsys, monkeypatch):
-    monkeypatch.setattr(train_cifar.time, "perf_counter", lambda: 150.0)
-    args = settings("--batch 20 --steps 8000")
-    train_cifar.print_progress(args, 1000, 0.25, 10, 100.0)  # 10 steps in 50 seconds
-    line = "step 1000  loss 0.25  images/s 4  time left 9:43:20\n"
-    assert capsys.readouterr().out == line
+    whole = order()  # three batches an epoch, two images left
+    epochs = [sum(whole[i : i + 3], []) for i in (0, 3, 6)]
+    for epoch in epochs:
+        assert len(set(epoch)) == 12 and set(epoch) <= set(range(14)) and sorted(epoch) != epoch
+    other = order("--seed 1")
+    epochs += [sum(other[i : i + 3], []) for i in (0, 3, 6)]
+    assert len({tuple(epoch) for epoch in epochs}) == 6  # no seed repeats another's epoch
+    for first in range(9):
+        assert order(first=first) == whole[first:]
+    for batch, one, two in zip(whole, order(world=2), order(rank=1, world=2)):
+        assert len(one) == len(two) == 2 and sorted(one + two) == sorted(batch)
 
 
 def test_learning_rate_is_the_papers():
@@ -3211,246 +3081,257 @@ def test_learning_rate_is_the_papers():
     assert at == pytest.approx([1, 2 / 3, 1 / 3, 1e-8], rel=1e-3)
 
 
-@cases("decay", [0.9999, 0.5, 0.0])
-def test_average_warms_up_as_its_closed_form_says(decay):
-    net = torch.nn.Linear(1, 1, bias=False).double()
-    average = torch.nn.Linear(1, 1, bias=False).double().requires_grad_(False)
-    values = [average.weight.item(), *torch.linspace(1, 3, 30).tolist()]
-    for step in range(30):
-        net.weight.data.fill_(values[step + 1])
-        train_cifar.update_average(average, net, decay, step)
-    decays = [0, *[min(decay, (1 + n) / (10 + n)) for n in range(30)]]
-    expected = 0
-    for i in range(31):
-        expected += (1 - decays[i]) * math.prod(decays[i + 1 :]) * values[i]
-    assert average.weight.item() == pytest.approx(expected)
-
-
-def test_each_step_gets_its_own_seed_times_and_place_in_the_average(cifar, monkeypatch):
-    seeds = []
-    times = []
-    averaged = []
-    progress = []
-    drawn = torch.linspace(0.1, 0.9, 8)
-    manual_seed = torch.manual_seed
-
-    def watched_seed(seed):
-        seeds.append(seed)
-        return manual_seed(seed)
-
-    def watched_loss(*args, t, **kwargs):
-        times.append(t)
-        return cfm_loss(*args, t=t, **kwargs)
-
-    def watched_average(average, net, decay, step):
-        averaged.append((decay, step))
-
-    monkeypatch.setattr(torch, "manual_seed", watched_seed)
-    monkeypatch.setattr(train_cifar, "draw_times", lambda args, path, count, device: drawn[:count])
-    monkeypatch.setattr(train_cifar, "cfm_loss", watched_loss)
-    monkeypatch.setattr(train_cifar, "update_average", watched_average)
-    monkeypatch.setattr(train_cifar, "print_progress", lambda args, *rest: progress.append(rest))
-    flags = "--seed 7 --ema 0.5 --log-every 1"
-    assert cifar(f"--steps 2 {flags}")[0] is None
-    assert seeds[:3] == [7, 7, 1007]  # of the weights, of the first step, of the second
-    seeds.clear()
-    assert cifar("--steps 4", new=False)[0] is None
-    assert seeds[-2:] == [2007, 3007]
-    assert len(times) == 4 and all(t is times[0] or torch.equal(t, times[0]) for t in times)
-    assert torch.equal(times[0], drawn[: len(times[0])])
-    assert averaged == [(0.5, 0), (0.5, 1), (0.5, 2), (0.5, 3)]
-    assert [(step, steps_done) for step, _, steps_done, _ in progress] == [
-        (1, 1),
-        (2, 2),
-        (3, 1),
-        (4, 2),
-    ]
-
-
-def test_superres_without_held_out_images_shows_those_of_training(cifar, tmp_path):
-    assert cifar("--superres 2 --steps 1 --picture-every 1")[0] is None
-    assert Image.open(tmp_path / "run" / "samples" / "step_1.png").width > 8 * 3 * 8
-
-
-def test_ranks_are_compared_before_they_train(cifar, monkeypatch):
+def test_each_step_has_its_loss_rate_clipping_precision_seed_and_place_in_the_average(
+    cifar, steps, tmp_path, monkeypatch
+):
     seen = []
-    monkeypatch.setattr(train_cifar, "check_ranks", lambda first, device: seen.append(first))
-    assert cifar("--steps 2")[0] is None
-    assert cifar("--steps 3", new=False)[0] is None
-    assert seen == [0, 2]
+    adam_step = torch.optim.Adam.step
+
+    def watched_step(self):
+        (group,) = self.param_groups
+        norm = torch.cat([p.grad.flatten() for p in group["params"]]).norm().item()
+        seen.append((group["lr"], norm, torch.initial_seed()))
+        adam_step(self)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched_step)
+    flags = "--clip 1e-3 --precision bf16 --path vp --objective score --ema 0.3 --seed 7"
+    assert cifar(f"{flags} --steps 1")[0] is None
+    average = read(tmp_path / "run")["average"]
+    for n in (1, 2, 3, 4):
+        error, text = cifar(f"--steps {n + 1}", new=False)
+        assert error is None
+        (loss,) = re.findall(
+            rf"^step {n + 1}  loss (\S+)  images/s \S+  time left 0:00:00$", text, re.M
+        )
+        assert float(loss) == pytest.approx(steps[-1]["loss"], rel=1e-5)  # its own step's alone
+        state = read(tmp_path / "run")
+        decay = min(0.3, (1 + n) / (10 + n))
+        for name, weight in state["net"].items():
+            average[name] = decay * average[name] + (1 - decay) * weight
+        assert_close(dict(state["average"]), dict(average), rtol=0, atol=1e-6)
+        average = state["average"]
+    assert [lr for lr, _, _ in seen] == pytest.approx([5e-4] + 4 * [1e-3], rel=1e-4)
+    assert [norm for _, norm, _ in seen] == pytest.approx(5 * [1e-3], rel=1e-2)
+    assert [seed for _, _, seed in seen] == [7, 1007, 2007, 3007, 4007]
+    assert all(step["autocast"] for step in steps)
+    assert all(step["how"] == {"predict": "score", "weight": "sigma^2"} for step in steps)
+    assert cifar("--steps 4 --clip 0 --log-every 3", out="free")[0] is None
+    assert (
+        seen[-1][1] > 0.01
+        and not steps[-1]["autocast"]
+        and steps[-1]["how"]["predict"] == "velocity"
+    )
 
 
-def test_each_step_moves_the_average_to_the_new_weights(cifar, tmp_path):
-    assert cifar("--steps 3 --ema 0")[0] is None
-    state = read(tmp_path / "run")
-    assert_close(state["average"], state["net"], rtol=0, atol=1e-7)
+def test_progress_is_the_mean_loss_images_per_second_and_the_time_left(cifar, steps, monkeypatch):
+    clock = iter(range(0, 10_000, 100))  # 100 s from one look to the next: at first, at each line
+    monkeypatch.setattr(train_cifar.time, "perf_counter", lambda: next(clock))
+    _, text = cifar("--steps 5")
+    line = re.compile(r"^step (\d+)  loss (\S+)  images/s (\S+)  time left (\S+)$", re.M)
+    numbers, means, speeds, left = zip(*line.findall(text))
+    losses = [step["loss"] for step in steps]
+    expected = [(losses[0] + losses[1]) / 2, (losses[2] + losses[3]) / 2, losses[4]]
+    assert numbers == ("2", "4", "5") and left == ("0:02:30", "0:00:50", "0:00:00")
+    assert [float(mean) for mean in means] == pytest.approx(expected, rel=1e-5)
+    assert [float(speed) for speed in speeds] == pytest.approx([0.16, 0.16, 40 / 300], rel=1e-3)
 
 
-def test_tf32_is_for_training_alone(cifar, monkeypatch):
+def test_compile_and_tf32_are_for_training_alone(cifar, monkeypatch):
+    compiled = Mock()
+    monkeypatch.setattr(UNet, "compile", compiled)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    seen = []
-
-    def watched(*args, **kwargs):
-        matmul = torch.get_float32_matmul_precision()
-        seen.append((matmul, torch.backends.cudnn.allow_tf32))
-        return cfm_loss(*args, **kwargs)
-
-    monkeypatch.setattr(train_cifar, "cfm_loss", watched)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     try:
-        assert cifar("--steps 1")[0] is None
-        assert seen == [("high", True)]
+        assert cifar("--steps 1 --compile")[0] is None
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
         assert cifar(f"--sample 1 {EULER}", new=False)[0] is None
-        assert torch.get_float32_matmul_precision() == "highest"
-        assert not torch.backends.cudnn.allow_tf32
-        assert not torch.backends.cudnn.benchmark
+        assert compiled.call_count == 1 and not torch.backends.cudnn.allow_tf32
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def record_steps():
+    """Lets a rank write to seen_RANK.pt what its steps drew and their gradients."""
+    seen = []
+    clip_grad_norm_ = torch.nn.utils.clip_grad_norm_
+
+    def watched_loss(v, path, x1, *, cond, t, **how):
+        x0 = torch.randn_like(x1)
+        net = {name: p.clone() for name, p in v.module.state_dict().items()}
+        seen.append({"x0": x0, "x1": x1, "t": t, "y": cond["y"], "net": net})
+        return cfm_loss(v, path, x1, cond=cond, t=t, x0=x0, **how)
+
+    def watched_clip(parameters, largest):
+        parameters = list(parameters)
+        seen[-1]["gradient"] = [p.grad.clone() for p in parameters]
+        torch.save(seen, f"seen_{train_cifar.RANK}.pt")
+        return clip_grad_norm_(parameters, largest)
+
+    fm.cfm_loss = watched_loss
+    torch.nn.utils.clip_grad_norm_ = watched_clip
+
+
+def test_two_ranks_take_the_gradient_of_their_union_and_evaluate_as_one(cifar, fork, tmp_path):
+    flags = "--conditional --dropout 0 --steps 2 --batch 6"
+    codes, text = fork(flags, record_steps, world=2)
+    assert codes == [0, 0], text
+    assert text.count("step 2  loss") == 1  # one rank speaks
+    seen = [torch.load(tmp_path / f"seen_{rank}.pt") for rank in (0, 1)]
+    net = UNet(**read(tmp_path / "run")["network"])
+    for a, b in zip(*seen):
+        assert_close(a["net"], b["net"], rtol=0, atol=0)
+        assert_close(a["gradient"], b["gradient"], rtol=0, atol=0)
+        assert all(a[name].ne(b[name]).any() for name in ("x0", "x1", "t"))
+        union = {name: torch.cat([a[name], b[name]]) for name in ("x0", "x1", "t", "y")}
+        assert len(union["x1"]) == 6
+        net.load_state_dict(a["net"])
+        how = {"cond": {"y": union["y"]}, "x0": union["x0"], "t": union["t"]}
+        loss = cfm_loss(net, OT, union["x1"], **how)
+        gradient = torch.autograd.grad(loss, list(net.parameters()))
+        assert_close(a["gradient"], list(gradient), rtol=1e-4, atol=1e-6)
+    both = f"--sample 7 {EULER} --bpd 6 --test test --tol 1e-2 --eval-batch 2"
+    codes, text = fork(both, world=2, new=False)
+    assert codes == [0, 0], text
+    two = numbered(tmp_path / "run")
+    for file in two:
+        (tmp_path / "run" / "samples" / file).unlink()
+    (line,) = re.findall(r".* bits per dimension, .*", cifar(both, new=False)[1])
+    assert line in text and len(two) == 7 and numbered(tmp_path / "run") == two
 
 
 # ---- train_cifar.py: pictures --------------------------------------------------------------------
 
 
-def read_folder(folder, flags="", classes=()):
-    """The data set of a folder, as the script reads it."""
-    args = settings(f"--data {folder} {flags}")
-    return train_cifar.load_images(args, args.data, list(classes), train=True)
+def shades(mode, kind):
+    """8 x 8 pixels: the left half 0, or clear; the right half at 3 / 5 of full, opaque."""
+    if mode in ("RGB", "RGBA", "LA", "P"):
+        picture = Image.new("RGBA", (8, 8), (0, 0, 0, 255) if mode == "RGB" else (200, 0, 0, 0))
+        picture.paste((153, 153, 153, 255), (4, 0, 8, 8))
+        return picture.convert(mode)
+    full = {"I;16": 65535, "F": 1, "I": 2**31 - 1, "L": 255}[mode]
+    half = np.repeat([[0, 0.6 * full]], 4, 1)
+    return Image.fromarray(np.tile(half, (8, 1)).astype(kind))
 
 
-@pytest.fixture
-def messy(tmp_path):
-    """A folder of two classes, a and b, with what people's folders hold besides."""
-    folder = tmp_path / ".mine"  # hidden itself, but named by the user
-    paint(folder, 4)
-    good = folder / "a" / "000.png"
-    copies = ["a/deep/x.PNG", "top.jpg", "a/y.gif", "b/z.gif", "b/w.jfif", "b/README"]
-    copies += ["a/.hidden.png", "b/__x.png", ".ipynb_checkpoints/000.png", "a/__MACOSX/x.png"]
-    for name in copies:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(good, folder / name)
-    (folder / "empty").mkdir()
-    (folder / "__MACOSX").mkdir()
-    return folder
+PICTURES = [  # file, picture, its left and right half in 8 bits
+    ("x.png", shades("L", np.uint8), (0, 153)),
+    ("x.PNG", shades("I;16", np.uint16), (0, 153)),
+    ("x.tif", shades("I;16", np.uint16), (0, 153)),
+    ("x.tiff", shades("I;16", ">u2"), (0, 153)),
+    ("x.png", shades("RGBA", np.uint8), (255, 153)),
+    ("x.png", shades("LA", np.uint8), (255, 153)),
+    ("x.png", shades("P", np.uint8), (255, 153)),
+    ("x.webp", shades("RGB", np.uint8), (0, 153)),
+]
 
 
-def test_hidden_files_and_other_suffixes_are_left_out_and_counted(messy, capsys):
-    images = read_folder(messy, "--conditional --size 8")
-    names = [os.path.relpath(file, messy) for file in images.files]
-    assert names == ["a/000.png", "a/002.png", "a/deep/x.PNG", "b/001.png", "b/003.png"]
-    assert images.classes == ["a", "b"] and images.labels == [0, 0, 0, 1, 1]
-    assert [images[i][1] for i in range(len(images))] == images.labels
-    (line,) = capsys.readouterr().out.splitlines()
-    start, _, reasons = line.partition(": ")
-    assert start == f"left out of {messy}"
-    assert sorted(reasons.split(", ")) == [
-        "1 beside the class folders",
-        "1 with suffix .jfif",
-        "1 with suffix none",
-        "2 with suffix .gif",
-        "5 hidden (. or __)",
-    ]
+def only_image(folder, flags=""):
+    """The pixels of the only picture in a folder."""
+    args = settings(f"--size 8 --no-grey --data {folder} {flags}")
+    (image,) = train_cifar.load_images(args, [], train=True)
+    return image[0]
 
 
-def test_without_labels_all_pictures_below_the_folder_are_read(messy, tmp_path, capsys):
-    images = read_folder(messy)
-    names = sorted(os.path.relpath(file, messy) for file in images.files)
-    expected = ["a/000.png", "a/002.png", "a/deep/x.PNG", "b/001.png", "b/003.png", "top.jpg"]
-    assert names == expected and images.classes == []
-    assert "beside" not in capsys.readouterr().out
-    flat = read_folder(messy / "a" / "deep")
-    assert len(flat) == 1 and "left out" not in capsys.readouterr().out
+@cases("name, picture, halves", PICTURES)
+def test_a_picture_becomes_these_bytes(tmp_path, name, picture, halves):
+    options = {"lossless": True} if name.endswith("webp") else {}
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by 180 degrees
+    picture.save(tmp_path / name, **options)
+    for flags, channels in (("", 3), ("--grey", 1)):
+        pixels = only_image(tmp_path, flags)
+        assert pixels.shape == (channels, 8, 8) and pixels.dtype == torch.uint8
+        assert (pixels[:, :, :4] == halves[0]).all() and (pixels[:, :, 4:] == halves[1]).all()
+    if name == "x.png":
+        picture.save(tmp_path / name, exif=exif)
+        assert (only_image(tmp_path)[:, :, :4] == halves[1]).all()
 
 
-def test_held_out_labels_follow_their_names_and_unknown_classes_are_refused(tmp_path):
-    paint(tmp_path / "test", 6)
-    (tmp_path / "test" / "a").rename(tmp_path / "test" / "c")
-    test = read_folder(tmp_path / "test", "--conditional", ["a", "b", "c", "d"])
-    assert test.labels == [1, 1, 1, 2, 2, 2]  # b, c
-    assert test.classes == ["a", "b", "c", "d"]
-    with pytest.raises(ValueError, match=r"test has classes that training had not: \['c'\]"):
-        read_folder(tmp_path / "test", "--conditional", ["a", "b"])
-
-
-def test_unknown_classes_stop_training_and_its_continuation(cifar, tmp_path):
-    paint(tmp_path / "other", 4)
-    (tmp_path / "other" / "a").rename(tmp_path / "other" / "new")
-    error, _ = cifar("--conditional --test other --steps 1")
-    assert "other has classes that training had not: ['new']" in error
-    assert cifar("--conditional --steps 1")[0] is None
-    assert read(tmp_path / "run")["classes"] == ["a", "b"]
-    (tmp_path / "train" / "a").rename(tmp_path / "train" / "new")
-    error, _ = cifar("--steps 2", new=False)
-    assert "train has classes that training had not: ['new']" in error
-
-
-SIXTEEN_BITS = {0: 0, 128: 0, 129: 1, 385: 1, 386: 2, 32768: 128, 65406: 254, 65407: 255}
-
-
-@cases("suffix, kind", [("png", "<u2"), ("tif", "<u2"), ("tif", ">u2")])
-@cases("flag", ["--grey", "--no-grey"])
-def test_16_bit_pictures_are_divided_by_257(tmp_path, suffix, kind, flag):
-    values = np.array(list(SIXTEEN_BITS)).astype(kind)
-    image = Image.fromarray(np.tile(values, (8, 1)))
-    assert image.mode.startswith("I;16")
-    image.save(tmp_path / f"x.{suffix}")
-    pixels, _ = read_folder(tmp_path, f"--size 8 {flag}")[0]
-    expected = torch.tensor(list(SIXTEEN_BITS.values()), dtype=torch.uint8)
-    assert torch.equal(pixels, expected.expand(1 if flag == "--grey" else 3, 8, 8))
-
-
-@cases("kind", [np.int32, np.float32])
-def test_32_bit_pictures_are_refused_in_one_line(cifar, tmp_path, kind):
-    for i in range(8):
-        Image.fromarray(np.full((8, 8), 0.5).astype(kind)).save(tmp_path / "train" / f"{i}.tif")
-    error, _ = cifar("--batch 28")
-    mode = "F" if kind is np.float32 else "I"
-    assert re.search(rf"train/\d.tif cannot be read as a picture: mode {mode} has no", error)
-    assert "save it as PNG with 8 or 16 bits" in error and "\n" not in error
-
-
-@cases("workers", [0, 1])
-def test_a_broken_picture_is_named_in_one_line(fork, tmp_path, workers):
-    file = tmp_path / "train" / "a" / "004.png"
-    file.write_bytes(file.read_bytes()[:60])
-    codes, text = fork(f"--batch 20 --workers {workers}")
-    line = text.splitlines()[-1]
-    assert codes == [1] and "Traceback" not in text
-    assert line.startswith("train_cifar.py: error: ")
-    assert "a/004.png cannot be read as a picture" in line
-
-
-def test_pictures_are_cut_to_their_central_square_and_averaged(tmp_path):
+def test_a_picture_is_cut_to_its_central_square_averaged_and_rounded(tmp_path):
+    values = {0: 0, 128: 0, 129: 1, 385: 1, 386: 2, 32768: 128, 65406: 254, 65407: 255}  # / 257
+    Image.fromarray(np.tile(np.array(list(values), np.uint16), (8, 1))).save(tmp_path / "x.png")
+    expected = torch.tensor(list(values.values()), dtype=torch.uint8)
+    assert torch.equal(only_image(tmp_path), expected.expand(3, 8, 8))
     wide = torch.zeros(16, 40, 3, dtype=torch.uint8)
     wide[:, 12:28] = torch.randint(256, (16, 16, 3))
     Image.fromarray(wide.numpy()).save(tmp_path / "x.png")
-    square = wide[:, 12:28].double()
-    boxes = square.reshape(8, 2, 8, 2, 3).mean((1, 3)).permute(2, 0, 1)
-    pixels, label = read_folder(tmp_path, "--size 8")[0]
-    assert pixels.shape == (3, 8, 8) and label == 0
-    assert (pixels - boxes).abs().max() <= 1  # PIL rounds twice
+    boxes = wide[:, 12:28].double().reshape(8, 2, 8, 2, 3).mean((1, 3)).permute(2, 0, 1)
+    assert (only_image(tmp_path) - boxes).abs().max() <= 1  # PIL rounds twice
     weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)  # of ITU-R BT.601
-    grey, _ = read_folder(tmp_path, "--size 8 --grey")[0]
-    assert grey.shape == (1, 8, 8)
-    assert (grey[0] - (weights[:, None, None] * boxes).sum(0)).abs().max() <= 1.5
+    grey = (weights[:, None, None] * boxes).sum(0)
+    assert (only_image(tmp_path, "--grey")[0] - grey).abs().max() <= 1.5
 
 
-@cases("mode", ["RGBA", "LA", "P"])
-@cases("flag", ["--grey", "--no-grey"])
-def test_transparency_is_composited_on_white(tmp_path, mode, flag):
-    picture = Image.new("RGBA", (8, 8), (200, 0, 0, 0))
-    picture.paste((0, 0, 0, 255), (0, 0, 4, 8))
-    picture.convert(mode).save(tmp_path / "x.png")
-    pixels, _ = read_folder(tmp_path, f"--size 8 {flag}")[0]
-    assert (pixels[:, :, :4] == 0).all() and (pixels[:, :, 4:] == 255).all()
+UNREADABLE = [  # file, picture and how it is saved, or None for one that is cut
+    ("x.tif", shades("I", np.int32), {}),
+    ("x.tif", shades("F", np.float32), {}),
+    ("x.tif", shades("I;16", np.uint16), {"tiffinfo": {262: 0}}),  # 0 is white
+    ("000.png", None, {}),
+]
 
 
-def test_a_photo_is_turned_as_its_exif_data_says(tmp_path):
-    picture = Image.new("L", (8, 8), 0)
-    picture.paste(255, (0, 0, 8, 4))  # bright above
-    exif = Image.Exif()
-    exif[0x0112] = 3  # turned by 180 degrees
-    picture.save(tmp_path / "x.png", exif=exif)
-    pixels, _ = read_folder(tmp_path, "--size 8")[0]
-    assert (pixels[:, :4] == 0).all() and (pixels[:, 4:] == 255).all()
+@cases("name, picture, options", UNREADABLE)
+def test_a_picture_that_cannot_be_read_is_named(cifar, tmp_path, name, picture, options):
+    file = tmp_path / "train" / "a" / name
+    workers = 0
+    if picture is None:
+        file.write_bytes(file.read_bytes()[:60])
+        workers = 1  # and with none by the others
+    else:
+        picture.save(file, **options)
+        assert getattr(Image.open(file), "tag_v2", {}).get(262) == (0 if options else 1)
+    error, _ = cifar(f"--batch {20 + (picture is not None)} --workers {workers}")
+    assert_refused(error, os.path.join("train", "a", name), "cannot be read as a picture")
+    assert picture is None or "PNG" in error
+
+
+def test_folders_hidden_linked_and_flat(tmp_path):
+    folder = tmp_path / "top" / ".mine"  # hidden itself, but named by the user
+    paint(folder, 4)
+    others = "a/deep/x.PNG top.jpg a/y.gif b/README a/.h.png b/__x.png .c/0.png a/__M/x.png else"
+    for name in others.split():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "a" / "000.png", folder / name)
+    (folder / "empty").mkdir()
+    paint(tmp_path / "else", 1, start=7)
+    links = {"a/up": folder, "b/upper": tmp_path / "top", "a/b": folder / "b", "loop": folder}
+    for link, target in {**links, "c": tmp_path / "else" / "a"}.items():
+        os.symlink(target, folder / link, target_is_directory=True)
+
+    def files(flags):
+        images = train_cifar.load_images(settings(flags), [], train=True)
+        names = [os.path.relpath(file, folder).replace(os.sep, "/") for file, _ in images.samples]
+        return dict(zip(names, images.targets)), len(names), images.classes
+
+    inside = {"a/000.png": 0, "a/002.png": 0, "a/deep/x.PNG": 0, "b/001.png": 1, "b/003.png": 1}
+    paint(tmp_path / "else", 1, start=8)
+    assert files(f"--conditional --data {folder}") == (
+        {**inside, "c/008.png": 2},
+        6,
+        ["a", "b", "c"],
+    )
+    found, count, classes = files(f"--data {folder}")
+    assert found == dict.fromkeys([*inside, "c/008.png", "top.jpg"], 0) and count == 7
+    assert classes == ["."]
+    assert files(f"--conditional --data {folder / 'a' / 'deep'}")[1:] == (1, ["."])
+
+
+def test_labels_follow_their_names_and_are_told(cifar, steps, tmp_path):
+    for name in ("10", "2"):
+        paint(tmp_path / "numbers" / name, 6)
+    error, text = cifar("--conditional --data numbers --batch 12")
+    assert error is None and "classes: {0: '10', 1: '2'}" in text
+    assert train_cifar.load("run")[3] == read(tmp_path / "run")["classes"] == ["10", "2"]
+    error, text = cifar(f"--sample 3 {EULER}", new=False)
+    assert "sample i has label i modulo 2: {0: '10', 1: '2'}" in text
+    shutil.rmtree(tmp_path / "numbers" / "10")
+    assert cifar("--steps 2 --batch 6", new=False)[0] is None
+    assert set(steps[-1]["y"].tolist()) <= {1, 2}  # "2", or none
+    args = settings("--conditional --test numbers")
+    assert {label for _, label in train_cifar.load_images(args, ["10", "2"], train=False)} == {1}
+    for flags in ("--steps 3 --data train", "--bpd 1 --test test"):
+        error, _ = cifar(flags, new=False)
+        assert_refused(error, "has classes that training had not: ['a', 'b']")
 
 
 def tiny_cifar(root, monkeypatch):
@@ -3469,77 +3350,35 @@ def tiny_cifar(root, monkeypatch):
     return files
 
 
-def test_cifar10_is_read_trained_on_and_evaluated(cifar, tmp_path, monkeypatch):
+def test_cifar10_is_read_trained_on_and_evaluated(cifar, steps, tmp_path, monkeypatch):
     files = tiny_cifar(tmp_path / "data", monkeypatch)
-    args = settings("--conditional")
-    images, held_out, classes = train_cifar.load_data(args, None)
-    pixels, labels = train_cifar.fetch(images, range(20), "cpu")
-    assert torch.equal(pixels, torch.cat([files[f"data_batch_{i}"] for i in range(1, 6)]))
-    assert labels.tolist() == 5 * [3, 1, 4, 9]
-    assert classes == [f"class {i}" for i in range(10)]
-    assert torch.equal(train_cifar.fetch(held_out, range(4), "cpu")[0], files["test_batch"])
-    with pytest.raises(ValueError, match="classes of CIFAR-10 are not those of training"):
-        train_cifar.load_test(args, ["cat", "dog"])
-    assert train_cifar.load_test(settings(), []) is not None
-    assert train_cifar.load_data(settings(), None)[2] == []
-    flags = f"{NET} --size 8 --attention-resolutions 4 --conditional --grey --workers 0"
-    assert cifar(f"{flags} --steps 2", new=False)[0] is None
-    picture = Image.open("run/samples/step_2.png")
-    assert picture.size == (8 * 10 + 2, 10 * 10 + 2)  # a row a class
-    assert "bits per dimension" in cifar(f"--bpd 4 {EULER}", new=False)[1]
+    flags = "--data cifar10 --size 32 --channel-mult 1 1 1 --no-flip --batch 20 --conditional"
+    assert cifar(flags)[0] is None
+    seen = ((steps[0]["x1"] + 1) * 128).floor().to(torch.uint8)
+    expected = torch.cat([files[f"data_batch_{i}"] for i in range(1, 6)])
+    assert {x.numpy().tobytes() for x in seen} == {x.numpy().tobytes() for x in expected}
+    assert Image.open("run/samples/step_1.png").size == (
+        34 * 10 + 2,
+        34 * 8 + 2,
+    )  # a column a class
+    assert cifar("--bpd 9 --tol 1e-1", new=False)[1].count("of 4 held-out images at step 1") == 1
+    assert read(tmp_path / "run")["classes"] == [f"class {i}" for i in range(10)]
 
 
-def test_rank_0_alone_downloads_before_the_others_read(cifar, monkeypatch):
+def test_rank_0_alone_downloads_before_the_others_read(monkeypatch):
     events = []
-
-    def watched(root, train=True, transform=None, download=False):
-        events.append("download" if download else "read")
-        return Mock(classes=[])
-
-    monkeypatch.setattr(train_cifar, "CIFAR10", watched)
-    monkeypatch.setattr(train_cifar, "barrier", lambda: events.append("wait"))
-    for rank, expected in [(0, ["download", "wait", "read"]), (1, ["wait", "read"])]:
+    classes = Mock(classes=[])
+    record = lambda root, download=False, **how: events.append(download) or classes  # noqa: E731
+    monkeypatch.setattr(train_cifar, "CIFAR10", record)
+    monkeypatch.setattr(train_cifar, "WORLD", 2)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: events.append("wait"))
+    for rank in (0, 1):
         monkeypatch.setattr(train_cifar, "RANK", rank)
-        train_cifar.load_images(settings(), "cifar10", [], train=True)
-        assert events == expected
-        events.clear()
+        train_cifar.load_images(settings("--batch 2"), [], train=True)
+    assert events == [True, "wait", False, "wait", False]
 
 
 # ---- train_cifar.py: sampling and evaluation -----------------------------------------------------
-
-
-def test_the_average_is_what_is_loaded_sampled_and_evaluated(cifar, tmp_path, monkeypatch):
-    assert cifar("--steps 5 --conditional --path vp --objective noise")[0] is None
-    state = read(tmp_path / "run")
-    for name, weight in state["net"].items():
-        if weight.ndim > 1:
-            assert weight.ne(state["average"][name]).any()
-    v, path, net = train_cifar.load(tmp_path / "run")
-    assert_same(dict(net.state_dict()), dict(state["average"]))
-    assert repr(path) == repr(VP) and not net.training
-    assert not any(weight.requires_grad for weight in net.parameters())
-    x = torch.randn(2, 3, 8, 8)
-    y = torch.tensor([0, 1])
-    t = torch.full((2,), 0.5)
-    expected = path.convert(t, x, net(t, x, y), "noise", "velocity")
-    assert_close(v(t, x, y=y), expected)
-    used = []
-    as_velocity = fm.as_velocity
-
-    def watched(net, path, predict):
-        used.append((net.state_dict(), net.training, path, predict))
-        return as_velocity(net, path, predict)
-
-    monkeypatch.setattr(fm, "as_velocity", watched)
-    assert cifar(f"--sample 1 --bpd 2 --test test {EULER}", new=False)[0] is None
-    assert cifar("--steps 6", new=False)[0] is None  # the picture of the last step
-    later = read(tmp_path / "run")["average"]
-    for (weights, training, path, predict), average in zip(used, [state["average"], later]):
-        assert_same(dict(weights), dict(average))
-        assert not training and repr(path) == repr(VP) and predict == "noise"
-    assert len(used) == 2
-    with pytest.raises(FileNotFoundError, match="nowhere has no checkpoint.pt"):
-        train_cifar.load("nowhere")
 
 
 def numbered(folder):
@@ -3548,441 +3387,111 @@ def numbered(folder):
     return {file.relative_to(folder / "samples"): file.read_bytes() for file in files}
 
 
-def test_samples_are_numbered_and_independent_of_batch_and_ranks(cifar, fork, tmp_path):
-    assert cifar("--steps 3 --conditional --picture-every 2")[0] is None
-    samples = tmp_path / "run" / "samples"
-    assert {file.name for file in samples.iterdir()} == {"step_2.png", "step_3.png"}
-    eight = "--method euler --solver-steps 8"
-    error, text = cifar(f"--sample 7 {eight}", new=False)
-    assert error is None and "NFE 8.0" in text
-    seven = numbered(tmp_path / "run")
-    assert [file.name for file in seven] == [f"{i:06d}.png" for i in range(7)]
-    assert len({*seven.values()}) == 7
-    for flags in (f"{eight} --guidance 2", f"{eight} --seed 1", "--tol 1e-2", EULER):
+def test_samples_are_functions_of_seed_number_and_label_by_the_average(cifar, tmp_path):
+    assert cifar("--steps 5 --conditional --path vp --objective noise --ema 0.9")[0] is None
+    state = read(tmp_path / "run")
+    v, path, net, classes = train_cifar.load(tmp_path / "run")
+    assert_close(dict(net.state_dict()), dict(state["average"]), rtol=0, atol=0)
+    assert repr(path) == repr(VP) and not net.training and classes == ["a", "b"]
+    assert not any(weight.requires_grad for weight in net.parameters())
+    x, y, t = torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), torch.full((2,), 0.5)
+    assert_close(v(t, x, y=y), path.convert(t, x, net(t, x, y), "noise", "velocity"))
+    error, text = cifar(
+        "--sample 5 --seed 3 --guidance 2 --midpoint-steps 2 --eval-batch 3", new=False
+    )
+    assert error is None and "NFE 4.0" in text and text.count("time left") == 2
+    noise = [torch.randn(1, 3, 8, 8, generator=seed(3 + 1000 * number)) for number in range(5)]
+    guided = fm.classifier_free_guidance(v, 2.0)
+    how = {"cond": {"y": torch.tensor([0, 1, 0, 1, 0])}, "method": "midpoint", "steps": 2}
+    x = odeint(guided, torch.cat(noise), path.t_span, **how).x.detach()
+    pixels = ((x + 1) * 128).floor().clamp(0, 255).permute(0, 2, 3, 1)
+    (folder,) = (tmp_path / "run" / "samples").glob("*_*_*_*")
+    assert folder.name == "step_5_midpoint_2_guidance_2_seed_3"
+    for number in range(5):
+        written = torch.tensor(np.asarray(Image.open(folder / f"{number:06d}.png")))
+        assert (written - pixels[number]).abs().max() <= 1  # rounding of another batch
+        assert (written == pixels[number]).float().mean() > 0.99
+
+
+def test_samples_that_are_there_are_kept_unless_the_weights_are_newer(cifar, tmp_path):
+    assert cifar("--steps 3")[0] is None
+    assert "0 of 4 samples are kept" in cifar(f"--sample 4 {EULER}", new=False)[1]
+    before = numbered(tmp_path / "run")
+    assert [file.name for file in before] == [f"{number:06d}.png" for number in range(4)]
+    assert len({*before.values()}) == 4
+    (folder,) = (tmp_path / "run" / "samples").glob("*_*_*_*")
+    (folder / "000002.png").unlink()
+    (folder / "000001.png").write_bytes(b"kept")
+    assert "3 of 5 samples are kept" in cifar(f"--sample 5 {EULER} --eval-batch 1", new=False)[1]
+    after = numbered(tmp_path / "run")
+    assert len(after) == 5
+    for file, content in before.items():
+        assert after[file] == (b"kept" if file.name == "000001.png" else content)
+    for flags in (f"{EULER} --seed 1", "--tol 1e-2", "--tol 1e-1", "--midpoint-steps 2"):
         before = numbered(tmp_path / "run")
-        assert cifar(f"--sample 1 {flags}", new=False)[0] is None
-        after = numbered(tmp_path / "run")
-        assert before.items() < after.items()  # other settings, another folder
-    for file in samples.glob("*/*.png"):
-        file.unlink()
-    codes, text = fork(f"--sample 7 --eval-batch 2 {eight}", world=2, new=False)
-    assert codes == [0, 0] and numbered(tmp_path / "run") == seven, text
+        assert "0 of 1 samples are kept" in cifar(f"--sample 1 {flags}", new=False)[1]
+        assert before.items() < numbered(tmp_path / "run").items()  # other settings, another folder
+    later = (folder / "000004.png").stat().st_mtime + 9
+    os.utime(tmp_path / "run" / "checkpoint.pt", (later, later))
+    assert "0 of 5 samples are kept" in cifar(f"--sample 5 {EULER}", new=False)[1]
 
 
-def test_samples_are_functions_of_seed_and_number_and_see_their_labels():
-    seen = []
-
-    def net(t, x, y=None):
-        labels = None if y is None else y.tolist()
-        seen.append((t.flatten()[0].item(), labels))
-        return 0 * x
-
-    def make(numbers, flags="", path=OT):
-        args = settings(f"--size 4 --conditional {flags}")
-        labels = torch.tensor(numbers) % 3
-        solver = {"method": "euler", "steps": 2}
-        return train_cifar.generate(args, net, path, numbers, labels, None, solver)
-
-    x, nfe = make([0, 1, 2, 3, 4])
-    assert seen == [(t, [0, 1, 2, 0, 1]) for t in (0.0, 0.5)] and nfe.tolist() == [2] * 5
-    assert x.shape == (5, 3, 4, 4) and x.dtype == torch.uint8
-    assert torch.equal(make([4, 2])[0], x[[4, 2]])
-    assert make([0, 1, 2, 3, 4], "--seed 2")[0].ne(x).any(3).any(2).any(1).all()
-    assert ((x > 0) & (x < 255)).float().mean() > 0.5
-    assert len({picture.sum().item() for picture in x}) == 5
-    assert make([0], "--grey")[0].shape == (1, 1, 4, 4)
-    wide, _ = make([0, 1, 2, 3, 4], path=VE)  # 10 times the noise
-    assert ((wide > 0) & (wide < 255)).float().mean() < 0.2
-    seen.clear()
-    make([4], "--guidance 2")
-    assert sorted(map(str, seen[:2])) == ["(0.0, None)", "(0.0, [1])"]
-
-
-def test_a_row_of_the_picture_is_a_class(tmp_path, monkeypatch):
-    seen = []
-
-    def watched(args, v, path, numbers, labels, truth, solver):
-        assert solver == {"method": "midpoint", "steps": 10}
-        seen.append((list(numbers), labels.tolist()))
-        return torch.zeros(len(numbers), 1, 2, 2), None
-
-    monkeypatch.setattr(train_cifar, "generate", watched)
-    args = settings("--conditional")
-    args.out = tmp_path
-    (tmp_path / "samples").mkdir()
-    train_cifar.write_picture(args, None, OT, ["a", "b", "c"], None, 5, "cpu")
-    ((numbers, labels),) = seen
-    assert numbers == list(range(24))
-    assert labels == 8 * [0] + 8 * [1] + 8 * [2]
-    assert (tmp_path / "samples" / "step_5.png").exists()
-
-
-def test_evaluation_passes_its_settings_on(cifar, monkeypatch):
-    assert cifar("--steps 1 --conditional")[0] is None
-    solved = []
-    evaluated = []
-
-    def watched_odeint(v, x, t, *, cond, **solver):
-        solved.append((solver, cond["y"].tolist(), torch.is_grad_enabled()))
-        return odeint(v, x, t, cond=cond, **solver)
-
-    def watched_bits(v, path, images, *, K, cond, **how):
-        evaluated.append((K, cond["y"].tolist(), how))
-        return fm.bits_per_dim(v, path, images, K=K, cond=cond, **how)
-
-    monkeypatch.setattr(train_cifar, "odeint", watched_odeint)
-    monkeypatch.setattr(train_cifar, "bits_per_dim", watched_bits)
-    cifar("--sample 3 --tol 1e-2", new=False)
-    dopri5 = {"method": "dopri5", "rtol": 1e-2, "atol": 1e-2}
-    assert solved == [(dopri5, [0, 1, 0], False)]
-    cifar("--bpd 6 --test test --K 2 --probes 3 --method rk4 --solver-steps 4", new=False)
-    ((K, labels, how),) = evaluated
-    assert K == 2 and labels == [0, 0, 0, 1, 1, 1]
-    assert how["method"] == "rk4" and how["steps"] == 4
-    assert how["divergence"] == "hutchinson" and how["probes"] == 3
-
-
-def test_bytes_invert_the_training_scale():
-    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
-    for u in (0.0, 0.5, 0.999):
-        assert torch.equal(train_cifar.to_bytes((pixels + u) / 128 - 1), pixels)
-    assert train_cifar.to_bytes(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
-
-
-def exact_bits(x):
-    """Bits per dimension of uint8 images (B, ..) under N(0, 1) on the training scale."""
-    x = (x.flatten(1).double() + 0.5) / 128 - 1  # the noise moves them by less than 0.01
-    nats = (x.square() + math.log(2 * math.pi)) / 2
-    return nats.mean(1) / math.log(2) + 7
+def exact_bits(files):
+    """Bits per dimension under N(0, 1) on the training scale, of pictures of 8 pixels."""
+    x = np.stack([np.asarray(Image.open(file).convert("RGB"), np.float64) for file in files])
+    x = torch.tensor((x + 0.5) / 128 - 1).flatten(1)  # the noise moves them by less than 0.01
+    return ((x**2 + math.log(2 * math.pi)) / 2).mean(1) / math.log(2) + 7
 
 
 def test_bpd_of_the_zero_field_is_the_gaussians(cifar, tmp_path, monkeypatch):
-    assert cifar("--steps 1 --conditional")[0] is None
-    flags = "--bpd 6 --test test --method euler --solver-steps 1 "
+    (tmp_path / "flat").mkdir()
+    for i in range(7):
+        pixels = np.random.default_rng(i).integers(256, size=(8, 8, 3)) * i // 6
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "flat" / f"{i}.png")
+    files = sorted((tmp_path / "flat").iterdir())
+    assert cifar("--steps 1")[0] is None
     monkeypatch.setattr(UNet, "forward", lambda self, t, x, y=None, concat=None: 0 * x)
-    x, _ = train_cifar.fetch(read_folder(tmp_path / "test", "--size 8"), range(6), "cpu")
-    exact = exact_bits(x)
-    for more in ("", "--probes 0", "--K 40", "--eval-batch 4"):
-        text = cifar(flags + more, new=False)[1]
+    seen = []
+    bits_per_dim = fm.bits_per_dim
+
+    def watched(v, path, images, **how):
+        seen.append((torch.random.get_rng_state().numpy().tobytes(), how["K"], how["rtol"]))
+        return bits_per_dim(v, path, images, **how)
+
+    monkeypatch.setattr(fm, "bits_per_dim", watched)
+    chosen = {3: [0, 2, 4], 7: range(7), 99: range(7)}  # evenly from all; no more than there are
+    for count, indices in chosen.items():
+        flags = f"--bpd {count} --test flat --eval-batch 3 --tol 1e-2 --K {1 + count // 9}"
+        _, text = cifar(flags, new=False)
+        exact = exact_bits([files[i] for i in indices])
         mean, error = re.search(r"(\S+) \+- (\S+) bits per dimension", text).groups()
         assert float(mean) == pytest.approx(exact.mean().item(), abs=0.01)
-        assert float(error) == pytest.approx((exact.std() / 6**0.5).item(), abs=0.002)
-        assert "NFE 1.0" in text and "step_1" in text  # calls of each of the K draws
-        assert ("hutchinson" in text) == (more != "--probes 0")
-        assert ("exact" in text) == (more == "--probes 0")
-        assert ("biased low" in text) == ("K = 40" in text) == (more == "--K 40")
-        assert "caution" in text  # steps were fixed
-    fetched = []
-    fetch = train_cifar.fetch
-
-    def watched(images, indices, device):
-        fetched.append(indices)
-        return fetch(images, indices, device)
-
-    monkeypatch.setattr(train_cifar, "fetch", watched)
-    text = cifar("--bpd 3 --test test", new=False)[1]
-    assert fetched == [[0, 2, 4]]  # of six, three in each class's folder
-    assert "dopri5_1e-05" in text and "caution" not in text
-
-
-def test_bpd_of_two_ranks_is_that_of_one(cifar, fork):
-    assert cifar("--steps 3 --conditional")[0] is None
-    flags = f"--bpd 6 --test test --eval-batch 2 {EULER}"
-    codes, text = fork(flags, world=2, new=False)
-    assert codes == [0, 0]
-    assert cifar(flags, new=False)[1] in text
-
-
-def keys_cubic(x):
-    """The kernel of cubic convolution with a = -0.75."""
-    x = abs(x)
-    if x < 1:
-        return 1.25 * x**3 - 2.25 * x**2 + 1
-    if x < 2:
-        return -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
-    return 0.0
-
-
-def test_superres_sees_the_low_resolution_enlarged_by_cubic_convolution():
-    rows = torch.tensor([10, 12, 200, 201, 90, 94, 30, 35], dtype=torch.uint8)
-    pixels = rows[None, None, :, None].expand(1, 3, 8, 8)
-    args = settings("--size 8 --superres 2")
-    cond = train_cifar.conditions(args, pixels, None)
-    low = [11, 200, 92, 32]  # means of two, rounded to even
-    enlarged = []
-    for i in range(8):
-        at = (i + 0.5) / 2 - 0.5
-        terms = [low[min(3, max(0, j))] * keys_cubic(at - j) for j in range(-2, 6)]
-        enlarged.append(sum(terms))
-    assert list(cond) == ["concat"]
-    level = (cond["concat"][0, 0, :, 3] + 1) * 128 - 0.5
-    assert_close(level, torch.tensor(enlarged), rtol=0, atol=1e-2)
+        assert float(error) == pytest.approx((exact.std() / len(exact) ** 0.5).item(), abs=0.01)
+        running = re.findall(r"^(\S+) after (\d+) images, time left 0:00:0\d$", text, re.M)
+        assert [int(seen) for _, seen in running] == ([3] if count == 3 else [3, 6, 7])
+        assert float(running[0][0]) == pytest.approx(exact[:3].mean().item(), abs=0.02)
+    assert len({state for state, *_ in seen[-3:]}) == 3  # each batch has noise of its own
+    assert [how for _, *how in seen] == 4 * [[1, 1e-2]] + 3 * [[12, 1e-2]]
 
 
 @cases("flag, channels", [("--no-grey", 3), ("--grey", 1)])
-def test_superres_writes_low_resolution_sample_and_truth(cifar, tmp_path, flag, channels):
-    assert cifar(f"--superres 4 --steps 2 --test test --path vp {flag}")[0] is None
-    assert Image.open("run/samples/step_2.png").size == (8 * 26 + 2, 8 * 10 + 2)  # three squares
-    assert cifar(f"--sample 7 {EULER}", new=False)[0] is None
-    images = read_folder(tmp_path / "test", f"--size 8 {flag}")
-    args = settings(f"--size 8 --superres 4 {flag}")
-    for number in range(7):
-        truth, _ = train_cifar.fetch(images, [number % 6], "cpu")
-        enlarged = train_cifar.to_bytes(train_cifar.conditions(args, truth, None)["concat"])
-        (file,) = (tmp_path / "run").rglob(f"{number:06d}.png")
-        written = np.asarray(Image.open(file)).reshape(8, 24, channels)
-        low, sample, right = torch.tensor(written).permute(2, 0, 1).split(8, 2)
-        assert torch.equal(right, truth[0]) and torch.equal(low, enlarged[0])
-        assert sample.ne(low).any() and sample.ne(right).any()
-
-
-def test_init_takes_weights_of_torchcfm_and_of_other_runs(cifar, tmp_path):
-    assert cifar("--steps 2", out="one")[0] is None
-    state = read(tmp_path / "one")
-    net = UNet(**state["network"])
-    net.load_state_dict(state["average"])
-    theirs = {"net_model": state["net"], "ema_model": adm(net), "step": 7}
-    torch.save(theirs, tmp_path / "theirs.pt")
-    sources = {"two": tmp_path / "one" / "checkpoint.pt", "three": f"adm:{tmp_path}/theirs.pt"}
-    for out, source in sources.items():
-        assert cifar(f"--init {source} --steps 1 --lr 1e-8 --warmup 0", out=out)[0] is None
-        begun = read(tmp_path / out)
-        for part in ("net", "average"):
-            assert_close(begun[part], state["average"], rtol=0, atol=2e-8)
-        assert begun["network"]["time_scale"] == (1000.0 if out == "two" else 1.0)
-        error, text = cifar("--steps 2", out=out, new=False)
-        assert error is None and "from step 1" in text
-        assert cifar(f"--init {source} --sample 2 {EULER}", out=f"of {out}")[0] is None
-        (folder,) = (tmp_path / f"of {out}" / "samples").iterdir()
-        assert len(list(folder.glob("*.png"))) == 2
-        name = "one_checkpoint" if out == "two" else f"{tmp_path.name}_theirs"
-        assert folder.name.startswith(f"init_{name}_euler")
-        assert not (tmp_path / f"of {out}" / "checkpoint.pt").exists()
-
-
-REFUSED = [  # command line, words of the one line it gets
-    ("--learning-rate 1", "--learning-rate"),
-    ("--objective noise", "--objective noise tells no velocity at t = 0 of --path ot"),
-    ("--objective score --path cosine", "--path vp"),
-    ("--objective scoreflow --path ve", "a weight of --path vp, not of ve"),
-    ("--data nowhere", "there is no folder nowhere"),
-    ("--data train/a --conditional", "train/a holds no picture"),
-    ("--batch 64", "--data train has 20 images, fewer than a --batch"),
-    ("--init nowhere.pt", "nowhere.pt"),
-    ("--sample 3", "run has no checkpoint.pt: train first"),
-    ("--attention-resolutions 5", "attention_resolutions"),
-    ("--guidance 2", "--guidance needs a run with --conditional"),  # not at the first picture
-    ("--log-every 0", "--log-every must be at least 1; got 0"),
-    ("--eval-batch 0", "--eval-batch must be at least 1"),
-    ("--sample -2", "--sample must be at least 0; got -2"),
-    ("--seed 1000", "--seed must lie in 0 to 999"),
-    ("--lr 0", "--lr must be above 0; got 0.0"),
-    ("--lr -0.001", "--lr must be above 0"),
-    ("--lr nan", "--lr must be above 0"),
-    ("--clip 0", "--clip must be above 0, and inf does not clip; got 0.0"),
-    ("--clip -1", "--clip must be above 0"),
-    ("--ema 1", "--ema must lie in 0 to below 1; got 1.0"),
-    ("--ema -0.1", "--ema must lie in 0 to below 1"),
-    ("--dropout 1", "--dropout must lie in 0 to below 1; got 1.0"),
-    ("--init train/a/000.png", "train/a/000.png is no file of weights that torch can load"),
-    ("--out train/a/000.png", "train/a/000.png"),
-    ("--device cuda", "--device cuda: torch finds no GPU"),
-    ("--device mps", "--device mps: torch finds no GPU of Apple"),
-    ("--late-times 1", "--late-times is a share, 0 to below 1; got 1.0"),
-    ("--late-times -0.1", "--late-times is a share"),
-    ("--superres 3", "--size 8 must be a multiple of --superres 3"),
-]
-
-
-COUNTS = "size superres batch steps log-every save-every picture-every eval-batch K"
-FROM_0 = "sample bpd workers warmup probes"
-
-
-@cases("name", COUNTS.split() + FROM_0.split())
-def test_counts_below_their_least_value_are_refused(name):
-    least = 0 if name in FROM_0.split() else 1
-    train_cifar.check_numbers(settings(f"--{name} {least}"))
-    with pytest.raises(ValueError, match=f"--{name} must be at least {least}; got {least - 1}"):
-        train_cifar.check_numbers(settings(f"--{name} {least - 1}"))
-
-
-@cases("flags, words", REFUSED, ids=[flags for flags, _ in REFUSED])
-def test_refused_in_one_line(cifar, tmp_path, monkeypatch, flags, words):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    error, text = cifar(flags)
-    if error == 2:  # argparse's, after a line on usage
-        error = text.splitlines()[-1]
-    assert words in error
-    assert "\n" not in error and "Traceback" not in text
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
-
-
-REFUSED_LATER = [  # command line after a training, words of the one line it gets
-    ("--sample 3 --method rk4", "--method rk4 needs --solver-steps"),
-    ("--sample 3 --solver-steps 4", "--solver-steps is for --method euler"),
-    ("--sample 3 --guidance 2", "--guidance needs a run with --conditional"),
-    ("--sample 3 --conditional", "--conditional is not as run was trained"),
-    ("--sample 3 --init train/a/000.png", "--init is for new runs"),
-    ("--bpd 3", "give --test FOLDER"),
-    ("--bpd 3 --test nowhere", "there is no folder nowhere"),
-]
-
-
-def test_bits_know_no_guidance(cifar):
-    assert cifar("--steps 1 --conditional --test test")[0] is None
-    error, _ = cifar("--bpd 2 --guidance 2", new=False)
-    assert "--guidance is for samples" in error
-
-
-def test_settings_of_a_single_command_are_not_kept(cifar, tmp_path):
-    assert cifar("--steps 1 --method euler --solver-steps 2 --eval-batch 3")[0] is None
-    names = {"out", "device", "sample", "bpd", "method", "tol", "solver_steps", "guidance"}
-    assert not names & set(read(tmp_path / "run")["args"])
-    error, text = cifar("--sample 1 --tol 1e-1", new=False)
-    assert error is None and "dopri5_0.1" in text
-
-
-def test_ranks_that_go_on_from_different_steps_are_refused(monkeypatch):
-    train_cifar.check_ranks(3, "cpu")
-    monkeypatch.setattr(train_cifar, "WORLD", 2)
-    for other, allowed in ((3, True), (0, False), (9, False)):
-
-        def all_reduce(steps, op, other=other):
-            steps.copy_(torch.maximum(steps, torch.tensor([other, -other])))
-
-        monkeypatch.setattr(train_cifar.dist, "all_reduce", all_reduce)
-        if allowed:
-            train_cifar.check_ranks(3, "cpu")
-        else:
-            with pytest.raises(ValueError, match="give all nodes one --out"):
-                train_cifar.check_ranks(3, "cpu")
-
-
-def test_init_of_another_path_or_objective_is_refused(cifar):
-    assert cifar("--steps 1 --path vp --objective noise", out="vp")[0] is None
-    given = "--init vp/checkpoint.pt"
-    for flags, right in (
-        ("", "--path vp"),
-        ("--sample 1", "--path vp"),
-        ("--path vp", "--objective noise"),
-        ("--path vp --objective noise --head-channels 4", "--head-channels 12"),
-    ):
-        error, _ = cifar(f"{given} {flags}")
-        assert f"vp/checkpoint.pt was trained with {right}: say so" in error
-    given += " --path vp --objective noise"
-    error, _ = cifar(f"{given} --grey")
-    assert "vp/checkpoint.pt has another network than the settings ask for" in error
-    assert "\n" not in error and "'in_channels': 3" in error
-    assert cifar(f"{given} --sample 1 {EULER}")[0] is None
-
-
-def test_init_without_adm_of_weights_of_others_is_refused(cifar):
-    torch.save({"ema_model": {}}, "theirs.pt")
-    error, _ = cifar("--init theirs.pt")
-    assert "theirs.pt is no checkpoint of train_cifar.py" in error and "as adm:theirs.pt" in error
-
-
-def test_superres_of_another_factor_is_refused(cifar):
-    assert cifar("--superres 4 --steps 1 --test test")[0] is None
-    for flags in ("--sample 1", "--bpd 1", "--steps 2"):
-        error, _ = cifar(f"{flags} --superres 2", new=False)
-        assert "run was trained with superres 4, not 2" in error
-    error, _ = cifar("--init run/checkpoint.pt --superres 2 --steps 1", out="other")
-    assert "run/checkpoint.pt was trained with --superres 4: say so" in error
-
-
-def test_older_samples_in_the_folder_are_named(cifar):
-    assert cifar("--steps 1")[0] is None
-    _, text = cifar(f"--sample 3 {EULER}", new=False)
-    assert "earlier" not in text
-    _, text = cifar(f"--sample 2 {EULER}", new=False)
-    assert re.search(r"holds 3 PNG files, some from an earlier command$", text.strip())
-
-
-def test_what_the_system_refuses_is_one_line(cifar, monkeypatch):
-    full = OSError(28, "No space left on device")
-    monkeypatch.setattr(torch, "save", Mock(side_effect=full))
-    assert cifar("--steps 1")[0] == f"train_cifar.py: error: {full}"
-    offline = OSError("no route to host")
-    monkeypatch.setattr(train_cifar, "CIFAR10", Mock(side_effect=offline))
-    error, _ = cifar("--data cifar10")
-    assert "could not be downloaded (no route to host): put cifar-10-python.tar.gz into" in error
-
-
-def test_a_folder_or_picture_that_cannot_be_read_is_named(cifar, monkeypatch):
-    def walk(folder, *, onerror, followlinks):
-        onerror(PermissionError(13, "Permission denied", "train/secret"))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_cifar.os, "walk", walk)
-        assert "train/secret" in cifar("--steps 1")[0]
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    assert re.search(r"train.[ab].\d+.png cannot be read as a picture", cifar("--steps 1")[0])
-
-
-@cases("precision, wanted", [("fp32", False), ("bf16", True)])
-def test_autocast_is_for_bf16_alone(monkeypatch, precision, wanted):
-    autocast = Mock(side_effect=RuntimeError("unsupported autocast device_type mps"))
-    monkeypatch.setattr(torch, "autocast", autocast)
-    args = settings(f"--precision {precision}")
-    if wanted:
-        with pytest.raises(RuntimeError, match="autocast"):
-            train_cifar.autocast(args, torch.device("mps"))
-    else:
-        with train_cifar.autocast(args, torch.device("mps")):
-            pass
-
-
-def test_superres_of_labelled_pictures_has_the_labels_of_the_truth(cifar, monkeypatch):
-    paint(Path("many"), 12)
-    flags = "--superres 2 --conditional --test many --steps 1 --picture-every 1"
+def test_superres_writes_the_sample_alone_of_the_picture_and_its_label(
+    cifar, tmp_path, monkeypatch, flag, channels
+):
     seen = []
-
-    def watched(v, x, t, *, cond, **solver):
-        seen.append(cond["y"].tolist())
-        return odeint(v, x, t, cond=cond, method="euler", steps=1)
-
-    monkeypatch.setattr(train_cifar, "odeint", watched)
-    assert cifar(flags)[0] is None  # a picture of 16: a folder at a time, as the files are sorted
-    assert cifar("--sample 12", new=False)[0] is None
-    assert seen == [(6 * [0] + 6 * [1] + 4 * [0]), 6 * [0] + 6 * [1]]
-
-
-def test_evaluations_are_refused_in_one_line(cifar):
-    assert cifar("--steps 1")[0] is None
-    for flags, words in REFUSED_LATER:
-        error, text = cifar(flags, new=False)
-        assert words in error and "\n" not in error and "Traceback" not in text
-
-
-def test_a_batch_that_the_ranks_cannot_share_is_refused(monkeypatch):
-    monkeypatch.setattr(train_cifar, "WORLD", 3)
-    with pytest.raises(ValueError, match="--batch 8 must be a multiple of the 3 ranks"):
-        train_cifar.check_settings(settings("--batch 8"), None, range(100), [])
-    train_cifar.check_settings(settings("--batch 9"), None, range(100), [])
-
-
-def test_more_ranks_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", Mock())
-    for local_rank in ("0", "1"):
-        monkeypatch.setenv("LOCAL_RANK", local_rank)
-        assert train_cifar.start_device(settings("--device cuda")) == torch.device("cuda")
-        torch.cuda.set_device.assert_called_with(int(local_rank))
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="fewer GPUs than ranks"):
-        train_cifar.start_device(settings("--device cuda"))
-
-
-def test_all_other_errors_are_tracebacks(cifar, monkeypatch):
-    monkeypatch.setattr(train_cifar, "draw_batch", Mock(side_effect=RuntimeError("a bug")))
-    with pytest.raises(RuntimeError, match="a bug"):
-        cifar("--steps 1")
-    stuck = fm.SolverError("stuck", torch.zeros(1), torch.zeros(1))
-    monkeypatch.setattr(train_cifar, "draw_batch", Mock(side_effect=stuck))
-    assert cifar("--steps 1")[0] == "train_cifar.py: error: stuck"
+    monkeypatch.setattr(fm, "odeint", lambda *args, **how: seen.append(how) or odeint(*args, **how))
+    assert cifar(f"--superres 4 --conditional --steps 2 --test test {flag}")[0] is None
+    for _ in range(2):
+        error, text = cifar(f"--sample 7 {EULER}", new=False)
+        assert error is None and "0 of 7 samples are kept" in text  # --test may be another
+    cond = seen[1]["cond"]
+    assert cond["y"].tolist() == [0, 0, 0, 1, 1, 1, 0]  # the labels of the pictures
+    assert torch.equal(cond["concat"][0], cond["concat"][6])
+    assert torch.equal(cond["concat"], seen[0]["cond"]["concat"][:7])  # of the run's picture
+    for number in range(7):
+        (file,) = (tmp_path / "run").rglob(f"{number:06d}.png")
+        assert np.asarray(Image.open(file)).reshape(8, 8, -1).shape[2] == channels
+    assert_refused(cifar(f"--sample 1 {EULER} --superres 2", new=False)[0], "superres 4, not 2")
 
 
 # ---- The README ----------------------------------------------------------------------------------
