@@ -593,9 +593,6 @@ class SquaredDistances(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, y = ctx.saved_tensors
-        centre = y.mean(0)
-        x = x - centre
-        y = y - centre
         grad_x = grad.sum(1, keepdim=True) * x - grad @ y
         grad_y = grad.sum(0)[:, None] * y - grad.T @ x
         return 2 * grad_x, 2 * grad_y

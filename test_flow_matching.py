@@ -785,6 +785,7 @@ def test_steps_grow_threefold_and_the_end_takes_what_is_left():
     assert_close(steps[0].item(), 0.01)
     assert_close(steps[1:-2] / steps[:-3], torch.full((len(steps) - 3,), 3.0).double())
     assert steps.sum() == 1000 and len(steps) == solution.accepted
+    assert_close(steps[-1], steps[-2])  # the last two share what is left
     for end, accepted in ((0.01 + 1.005 * 0.03, 2), (0.01 + 1.02 * 0.03, 3)):
         solution = odeint(constant, torch.zeros(1, 1).double(), (0, end), rtol=0, atol=1e-6)
         assert solution.accepted == accepted  # a rest of a hundredth is not worth a step
