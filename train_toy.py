@@ -193,8 +193,10 @@ class Checkerboard:
     def log_prob(self, x):
         """Exact log density in nats at x (n, 2), (n,)."""
         x = x[:, None]
-        inside = (x >= self.low.float()) & (x <= self.high.float())
-        return torch.where(inside.all(2).any(1), -math.log(6), -math.inf)  # their area is 6
+        above = x >= self.low.float()
+        below = x <= self.high.float()
+        inside = (above & below).all(2).any(1)
+        return torch.where(inside, -math.log(6), -math.inf)  # their area is 6
 
     def field(self, path, t, x):
         """u_t(x), Eq. (8), in closed form: in each square x1 given x_t is two truncated normals."""
@@ -208,10 +210,11 @@ class Checkerboard:
         b = (self.high - mean) / std
         centre = (a + b).abs() / 2  # mirrored to the tail where ndtr is accurate
         half = (b - a) / 2
-        mass = (ndtr(half - centre) - ndtr(-half - centre)).clamp(min=1e-300)
+        mass = ndtr(half - centre) - ndtr(-half - centre)
+        mass = mass.clamp(min=1e-300)
         normal = torch.distributions.Normal(0.0, 1.0)
-        slope = (normal.log_prob(a).exp() - normal.log_prob(b).exp()) / mass
-        x1 = (mean + std * slope).clamp(self.low, self.high)  # its mean in every square
+        rise = normal.log_prob(a).exp() - normal.log_prob(b).exp()
+        x1 = (mean + std * rise / mass).clamp(self.low, self.high)  # its mean in every square
         weights = mass.log().sum(2, keepdim=True).softmax(1)
         return path.u(t, x, (weights * x1).sum(1)).float()
 
@@ -221,7 +224,8 @@ class Mixture:
 
     def __init__(self, centres, noise):
         centres = centres - centres.mean(0)
-        scale = (centres.square().mean() + noise**2).sqrt().item()
+        variance = centres.square().mean() + noise**2
+        scale = variance.sqrt().item()
         self.centres = centres / scale
         self.noise = noise / scale
 
@@ -251,7 +255,7 @@ class Mixture:
 def circle(turns):
     """1,000 points on the unit circle, over that many half turns, (1000, 2)."""
     angle = turns * math.pi * torch.arange(1000) / 1000
-    return torch.stack([torch.cos(angle), torch.sin(angle)], 1)
+    return torch.stack([angle.cos(), angle.sin()], 1)
 
 
 MIXTURES = {  # centres and noise
@@ -293,7 +297,8 @@ def measure(flow, data, args):
     n = min(args.samples, 4000)
     torch.manual_seed(args.seed + 1)
     x1 = data.sample(n)
-    gap = data.log_prob(x1) - fm.log_prob(flow.velocity, flow.path, x1).log_prob
+    log_p = fm.log_prob(flow.velocity, flow.path, x1).log_prob
+    gap = data.log_prob(x1) - log_p
     nfe = fm.sample(flow.velocity, flow.path, (n, 2)).nfe
     x1 = data.sample(4 * n)
     t = flow.path.sample_t(len(x1))
@@ -324,22 +329,20 @@ NIGHT = "#160e34"
 
 def density_image(x):
     """A panel of the density of points x (n, 2): 0.22 and more is yellow."""
-    p = torch.histogramdd(x, [80, 80], range=2 * [-2.25, 2.25], density=True)
-    p = p.hist.T.flip(0)  # rows from the top
-    grey = Image.fromarray((255 * p / 0.22).clamp(0, 255).byte().numpy())
+    counts, _ = torch.histogramdd(x, [80, 80], range=2 * [-2.25, 2.25])
+    p = counts.T.flip(0) / len(x) * (80 / 4.5) ** 2  # rows from the top
+    p = (255 * p / 0.22).clamp(max=255)
+    grey = Image.fromarray(p.byte().numpy())
     image = ImageOps.colorize(grey, NIGHT, "#fae83c", "#21828e")
     return image.resize((PANEL, PANEL), Image.NEAREST)
-
-
-def places(x, size):
-    """Where points x (..., 2) lie in a panel of size pixels, whose y points down."""
-    return size / 2 * (1 + x * torch.tensor([1, -1]) / 2.25)
 
 
 def draw_dots(panel, x, radius, colours):
     """The panel with points x (n, 2) in their colours."""
     pen = ImageDraw.Draw(panel)
-    for place, colour in zip(places(x, panel.width).tolist(), colours):
+    up = torch.tensor([1, -1])  # rows count downwards
+    places = panel.width / 2 * (1 + x * up / 2.25)
+    for place, colour in zip(places.tolist(), colours):
         pen.circle(place, radius, colour)
     return panel
 
@@ -347,7 +350,9 @@ def draw_dots(panel, x, radius, colours):
 def grid(size, headings, rows):
     """An Image of {name: panels of that size}: a row for each, with its name, below headings."""
     step = size + 4
-    image = Image.new("RGB", (step * len(headings), 26 + step * len(rows)), "#0b0720")
+    width = step * len(headings)
+    height = 26 + step * len(rows)
+    image = Image.new("RGB", (width, height), "#0b0720")
     pen = ImageDraw.Draw(image)
     for column, heading in enumerate(headings):
         pen.text((7 + step * column, 4), heading, font_size=15)
@@ -405,27 +410,25 @@ def draw(flows, data, args):
 def draw_figure(data, args):
     """paths.png: paths of single pairs, Figure 3, beside the exact flow of the data, Theorem 1."""
     torch.manual_seed(args.seed)
-    x0 = torch.randn(80, 2)
-    x1 = data.sample(80)
+    x0 = torch.randn(50, 2)
+    x1 = data.sample(50)
     points = data.sample(1500)
     rows = {}
     for path in (fm.OTPath(args.sigma_min), fm.VPPath()):
-        times = torch.linspace(*path.t_span, 101)
+        times = torch.linspace(*path.t_span, 201)
         pairs = [path.psi(t, x0, x1) for t in times]
         flow = fm.odeint(partial(data.field, path), x0, times)
         panels = []
-        for xs in (torch.stack(pairs), flow.xs):  # (101, 80, 2)
+        for xs in (torch.stack(pairs), flow.xs):  # (201, 50, 2)
             panel = Image.new("RGB", (1640, 1640), NIGHT)
             draw_dots(panel, points, 7, 1500 * ["#3b3169"])
-            lines = places(xs, 1640).transpose(0, 1)
-            pen = ImageDraw.Draw(panel)
-            for line in lines.flatten(1).tolist():
-                pen.line(line, "#b0a8d8", 6)
-            draw_dots(panel, xs[0], 14, 80 * ["#4f8dff"])
-            draw_dots(panel, xs[-1], 14, 80 * ["#fde725"])
+            every = xs.flatten(0, 1)  # a dot each 1 / 200 of the time
+            draw_dots(panel, every, 4, len(every) * ["#b0a8d8"])
+            draw_dots(panel, xs[0], 14, 50 * ["#4f8dff"])
+            draw_dots(panel, xs[-1], 14, 50 * ["#fde725"])
             panels.append(panel.reduce(4))
         rows[repr(path)] = panels
-    headings = ("single pairs, from noise to data", "exact flow, from noise to data")
+    headings = ("single pairs, from blue noise to yellow data", "exact flow of the data")
     grid(410, headings, rows).save(args.out / "paths.png")
 
 
