@@ -70,7 +70,7 @@ def parse_args(argv):
         help="checkerboard, moons, 8gaussians, rings or a picture file, whose dark pixels are the "
         "density; all are scaled to unit variance",
     )
-    p.add_argument("--steps", type=int, default=6000, help="optimizer steps")
+    p.add_argument("--steps", type=int, default=7000, help="optimizer steps")
     p.add_argument("--batch", type=int, default=1024, help="samples in an optimizer step")
     p.add_argument("--lr", type=float, default=4e-3, help="peak learning rate of Adam")
     p.add_argument("--seed", type=int, default=0, help="seed of weights, data and noise")
