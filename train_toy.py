@@ -85,7 +85,7 @@ def parse_args(argv):
     p.add_argument("--out", type=Path, default="runs/toy", help="folder for all that is written")
     args = p.parse_args(argv)
     if args.objective != "velocity" and not set(args.path) <= {"vp", "ve"}:
-        p.error(f"--objective {args.objective} tells no velocity at t = 0 of OT: take --path vp")
+        p.error(f"--objective {args.objective} tells no velocity at t = 0 here: take --path vp")
     return args
 
 
@@ -93,9 +93,9 @@ def parse_args(argv):
 class Flow(nn.Module):
     """A network that predicts velocity, noise or score on a path of data of unit variance.
 
-    Departure: four layers of 64 on Fourier features, which let them see edges, learn what is left
-    of the target when the linear answer to Gaussian data is known. The paper has five layers of
-    512 on (t, x).
+    Departure: four layers of 64 on Fourier features of learned frequencies, which let them see
+    edges, learn what is left of the target when the linear answer to Gaussian data is known. The
+    paper has five layers of 512 on (t, x).
     """
 
     def __init__(self, path, objective, sigma_min):
@@ -137,7 +137,7 @@ class Flow(nn.Module):
 
 
 def train(name, path, objective, data, args):
-    """A Flow after args.steps steps of Adam, whose rate warms up and falls as a cosine."""
+    """A Flow after args.steps steps. Departure: the paper names no optimizer and no rate here."""
     torch.manual_seed(args.seed)
     flow = Flow(path, objective, args.sigma_min).to(args.device)
     fused = args.device != "mps"  # for which torch 2.4 has none
@@ -288,7 +288,7 @@ def make_data(name):
     order = np.lexsort((row, column, strip))  # strip by strip, each from left to right
     order = order[:: len(row) // 5000 + 1]  # at most 5,000, evenly
     centres = np.stack([column[order], -row[order]], 1)  # y points up
-    return Mixture(torch.from_numpy(centres).float(), side / 200)
+    return Mixture(torch.from_numpy(centres).float(), max(0.5, side / 200))
 
 
 # ---- Numbers ----
