@@ -283,12 +283,12 @@ def make_data(name):
     row, column = np.nonzero(grey < 128)
     if len(row) == 0:
         raise ValueError(f"--data {name} has no pixel darker than 128 of 255 to take as density")
-    side = max(grey.shape)
-    strip = row // (side // 100 + 1)
-    order = np.lexsort((row, column, strip))  # strip by strip, each from left to right
-    order = order[:: len(row) // 5000 + 1]  # at most 5,000, evenly
+    every = len(row) // 5000 + 1  # so at most 5,000 are taken, one of each square of that area
+    strip = row // math.isqrt(every)
+    order = np.lexsort((row, column, strip))[::every]
     centres = np.stack([column[order], -row[order]], 1)  # y points up
-    return Mixture(torch.from_numpy(centres).float(), max(0.5, side / 200))
+    noise = max(0.5, max(grey.shape) / 200)
+    return Mixture(torch.from_numpy(centres).float(), noise)
 
 
 # ---- Numbers ----
