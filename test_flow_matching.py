@@ -1863,10 +1863,16 @@ def test_toy_networks_begin_with_the_answer_to_gaussian_data_and_sharpen(toy_run
 
 def test_toy_learns_by_every_objective_and_repeats_itself(tmp_path, toy_runs):
     start = toy_results(toy_runs("--ablation")[1])
-    run_toy(tmp_path, "--ablation --steps 150 --batch 128 --samples 60")
+    run_toy(tmp_path, "--ablation --steps 150 --batch 128 --samples 200")
     for name, r in toy_results(tmp_path).items():
         assert r["excess"] < 0.9 * start[name]["excess"], name
         assert r["gap"] < start[name]["gap"] - 0.1, name
+    flow = train_toy.load(tmp_path / "model_FM_OT.pt")
+    data = train_toy.make_data("checkerboard")
+    t = torch.rand(5000)
+    x_t = OT.psi(t, torch.randn(5000, 2), data.sample(5000))
+    error = flow.velocity(t, x_t) - data.field(OT, t, x_t)
+    assert_close(r["excess"], error.square().mean().item(), rtol=0.2, atol=0)
     run_toy(tmp_path, f"{SHORT} --seed 1")
     same = toy_results(toy_runs("--path ot vp")[1])["ot"]
     other = toy_results(tmp_path)["ot"]

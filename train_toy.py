@@ -370,7 +370,7 @@ def draw(flows, data, args):
     nfe = {}
     film = {}
     size = min(360, 820 // len(flows))
-    loose = {"rtol": 1e-2, "atol": 1e-2}
+    loose = {"rtol": 1e-3, "atol": 1e-3}
     for name, flow in flows.items():
         torch.manual_seed(args.seed)
         x0 = flow.path.sample_source((args.samples, 2))
