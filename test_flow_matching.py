@@ -1865,7 +1865,6 @@ def test_toy_learns_by_every_objective_and_repeats_itself(tmp_path, toy_runs):
     start = toy_results(toy_runs("--ablation")[1])
     run_toy(tmp_path, "--ablation --steps 150 --batch 128 --samples 200")
     for name, r in toy_results(tmp_path).items():
-        assert r["excess"] < 0.9 * start[name]["excess"], name
         assert r["gap"] < start[name]["gap"] - 0.1, name
     flow = train_toy.load(tmp_path / "model_FM_OT.pt")
     data = train_toy.make_data("checkerboard")
