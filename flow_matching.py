@@ -98,13 +98,13 @@ LAST_TIME = 1 - 1e-5
 
 
 class ConditionalFlow:
-    """x_t = psi_t(x0 | x1), any map differentiable in t, with psi_0(x0) = x0 and psi_1(x0) = x1.
+    """x_t = psi_t(x0 | x1), any map differentiable in t, from x0 to x1 = psi_1(x0).
 
     psi(t (B,), x0, x1) -> (B, *dims) is a function, or a subclass defines it. Every path has three
     attributes. t_span: the times of training and sampling. source_std: a solve starts from
     p_0 = N(0, source_std^2 I). allows_pairs: True if psi_0(x0) = x0; only then may x0 be passed to
-    cfm_loss. With an x0 that is not N(0, I), draw and pass x0 yourself, and solve by odeint from
-    your own draws: cfm_loss, sample and log_prob know N(0, I) alone.
+    cfm_loss. A source that is no such normal is yours to draw: pass x0 to cfm_loss, and solve by
+    odeint from draws; sample and log_prob do not know it.
     """
 
     def __init__(self, psi=None, t_span=(0.0, 1.0)):
@@ -115,7 +115,8 @@ class ConditionalFlow:
         self.allows_pairs = True
 
     def __repr__(self):
-        settings = [f"{name}={value}" for name, value in vars(self).items() if not callable(value)]
+        numbers = (float, tuple)
+        settings = [f"{n}={value}" for n, value in vars(self).items() if isinstance(value, numbers)]
         return f"{type(self).__name__}({', '.join(settings)})"
 
     def psi_dpsi(self, t, x0, x1):
@@ -149,8 +150,8 @@ class GaussianPath(ConditionalFlow):
     """p_t(x | x1) = N(x | mu_t(x1), sigma_t(x1)^2 I), Eq. (10); sigma_t may also be elementwise.
 
     moments(t, x1) returns mu_t, sigma_t and their time derivatives, to broadcast against x1 (see
-    time_column). It is a function, or a subclass defines it. At t = 0 the mean is 0 and the std is
-    source_std. u, log_prob and score raise ValueError where sigma_t = 0.
+    time_column). It is a function, or a subclass defines it. At t = 0 the std must be source_std,
+    and the mean near 0 beside it. u, log_prob and score raise ValueError where sigma_t = 0.
     """
 
     def __init__(self, moments=None, t_span=(0.0, 1.0), source_std=1.0):
@@ -196,10 +197,11 @@ class GaussianPath(ConditionalFlow):
 class AffinePath(GaussianPath):
     """The Gaussian path of mean alpha(t) x1 and standard deviation sigma(t).
 
-    alpha and sigma are two torch functions of t, of any shape, or a subclass defines them; they are
-    differentiated for you. t_span ends at 1, or at 1 - 1e-5 if sigma(1) = 0. Sampling starts from
-    noise and must end at data. So ValueError unless, over t_span, alpha / sigma starts at 0.1 at
-    most, alpha ends at 1 and sigma falls; check_ends=False allows other ends.
+    alpha and sigma are two torch functions of t, which may have any shape, or a subclass defines
+    them; they are differentiated for you. By default t_span ends at 1, or at 1 - 1e-5 if
+    sigma(1) = 0. Sampling starts from noise and must end at data. So ValueError unless, over
+    t_span, alpha / sigma starts at 0.1 at most, alpha ends at 1 and sigma falls; check_ends=False
+    allows other ends.
     """
 
     def __init__(self, alpha=None, sigma=None, t_span=None, check_ends=True):
@@ -253,7 +255,7 @@ class AffinePath(GaussianPath):
         return c * x1 + d * x0
 
     def forward_sde(self, t, x):
-        """Drift f (B, *dims), diffusion g (B, 1, ..) of dx = f ds + g dw, s = 1 - t, Eq. (38)."""
+        """Drift f (B, *dims), diffusion g of dx = f ds + g dw, s = 1 - t, Eq. (38)."""
         alpha_t, sigma_t, dalpha_t, dsigma_t = self.coefficients(time_column(t, x))
         rate = dalpha_t / alpha_t
         return -rate * x, (2 * sigma_t * (rate * sigma_t - dsigma_t)).sqrt()
@@ -404,15 +406,15 @@ def cfm_loss(
     """One-batch estimate of L_CFM, Eq. (14), on OTPath Eq. (23): (), or (B, *dims) elementwise.
 
     x1: data, (B, *dims). cond: tensors with one row per sample, passed to v. x0: your pairs with
-    x1, each a draw of N(0, I), on paths with psi_0(x0) = x0 such as OTPath. t: your times, () or
-    (B,), within path.t_span. predict: what v returns, "velocity", "noise" (Eq. (45), DDPM), "score"
-    (Eq. (43), with the true sign) or "data". weight: lambda(t) of Eq. (43), a function of t (B,),
-    "sigma^2" (the default for a score) or, on VPPath, "beta" (ScoreFlow). reduction: "mean" or
-    "none". generator: of the draws of t and x0. ValueError for data that is not finite floating
+    x1, in place of draws of N(0, I), on paths with psi_0(x0) = x0 such as OTPath. t: your times, ()
+    or (B,), within path.t_span. predict: what v returns, "velocity", "noise" (Eq. (45), DDPM),
+    "score" (Eq. (43), with the true sign) or "data". weight: lambda(t) of Eq. (43), a function of
+    t (B,), "sigma^2" (the default for a score) or, on VPPath, "beta" (ScoreFlow). reduction: "mean"
+    or "none". generator: of the draws of t and x0. ValueError for data that is not finite floating
     point, other shapes, t outside the span and x0 on a path without pairs.
 
     The loss does not reach 0: many pairs cross at x_t, and v can only predict the mean of their
-    velocities. Its minimum is the mean over dimensions of E Var[dpsi_t | x_t].
+    velocities. Unweighted, its minimum for them is the mean over dimensions of E Var[dpsi_t | x_t].
     A mask of (B, T) for a loss of (B, T, C), and a weight w for each sample, (B,):
         loss = cfm_loss(v, path, x1, reduction="none")
         m = mask[..., None].expand_as(loss); (loss * m).sum() / m.sum()
@@ -432,6 +434,7 @@ def cfm_loss(
         _check_pairs(path, x0, x1)
 
     x_t, dpsi_t = path.psi_dpsi(t, x0, x1)  # psi_t(x0) and d/dt psi_t(x0), (B, *dims)
+    _require(x_t.shape == x1.shape, "psi must keep the shape of x1: use time_column(t, x1)", x_t)
     if predict == "velocity":
         target = dpsi_t
     elif predict == "noise":
@@ -444,10 +447,10 @@ def cfm_loss(
         weight = weight or "sigma^2"
     else:
         raise ValueError(f"predict must be velocity, noise, score or data; got {predict!r}")
-    lambda_t = _weight(weight, path, t, x1)  # before v, which sees t
+    lambda_t = _weight(weight, path, t, x1)
 
     v_t = _call(v, t, x_t.to(x1.dtype), cond)
-    loss = lambda_t * (v_t - target) ** 2
+    loss = lambda_t * (v_t - target.to(t.dtype)) ** 2  # in float32, if v is in bfloat16
     if reduction == "none":
         return loss
     if reduction == "mean":
@@ -504,13 +507,11 @@ def ot_coupling(x0, x1) -> Tensor:
     _require(x0.shape == x1.shape, "x0 and x1 must have one shape", x0, x1)
     from scipy.optimize import linear_sum_assignment
 
-    dtype = _at_least_float32(x0.dtype)
-    rows = _flat(x1.detach()).to(dtype)
-    columns = _flat(x0.detach()).to(dtype)
-    # Moving all rows, or all columns, changes the cost of every permutation by the same number; far
-    # from 0 the squares would round the differences away.
-    costs = torch.cdist(rows - rows.mean(0), columns - columns.mean(0)) ** 2
-    _, assigned = linear_sum_assignment(costs.cpu().numpy())
+    # In float64, as far from 0 the squares would round the differences away.
+    rows = _flat(x1.detach().cpu().double())
+    columns = _flat(x0.detach().cpu().double())
+    costs = torch.cdist(rows, columns) ** 2
+    _, assigned = linear_sum_assignment(costs.numpy())
     return torch.as_tensor(assigned, device=x0.device)
 
 
@@ -577,7 +578,8 @@ class SquaredDistances(torch.autograd.Function):
     """|x_b - y_i|^2, (B, N), of points x (B, d) and y (N, d), also under torch.func.
 
     By cdist, since |x|^2 - 2 x y + |y|^2 would cancel; with a derivative of our own, since that of
-    cdist is wrong under vmap and jacrev (torch 2.14).
+    cdist is wrong under vmap and jacrev (torch 2.14). It rounds: for Marginal.log_prob it is off by
+    1e-7 / sigma_t, where Marginal.score is exact.
     """
 
     generate_vmap_rule = True
@@ -593,8 +595,9 @@ class SquaredDistances(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, y = ctx.saved_tensors
-        grad_x = grad.sum(1, keepdim=True) * x - grad @ y
-        grad_y = grad.sum(0)[:, None] * y - grad.T @ x
+        with torch.autocast(x.device.type, enabled=False):
+            grad_x = grad.sum(1, keepdim=True) * x - grad @ y
+            grad_y = grad.sum(0)[:, None] * y - grad.T @ x
         return 2 * grad_x, 2 * grad_y
 
 
@@ -637,8 +640,8 @@ class Solution(NamedTuple):
     """x: (B, *dims) at the last time, xs: (T, B, *dims) at all; nfe, accepted, rejected: (B,).
 
     nfe counts the calls of v for each sample, start-up and rejected steps included: steps times 1,
-    2 and 4 for euler, midpoint and rk4. A guided call counts once and costs two. The look of dopri5
-    at the rows of v is not counted: one call with the first sample, one with copies of the last.
+    2 and 4 for euler, midpoint and rk4. A guided call counts once and costs two. The look at the
+    rows of v is not counted: one call with the first sample, and one with copies of the last.
     """
 
     x: Tensor
@@ -698,9 +701,12 @@ def odeint(
     times = _solver_times(t, dtype)
 
     def f(t, state, /, **cond):
-        if dtype == x.dtype:
-            return _call(v, t, state, cond)
-        return _call(v, t, state.to(x.dtype), cond).to(dtype)
+        if x.dtype != dtype:
+            state = state.to(x.dtype)
+        slope = _call(v, t, state, cond)
+        if slope.dtype != dtype:
+            slope = slope.to(dtype)
+        return slope
 
     start = x.to(dtype)
     if method == "dopri5":
@@ -893,7 +899,7 @@ def _check_norm(size, x):
 def _check_start(f, t, x, k, span, cond):
     """SolverError where k = f(t, x) is not finite; ValueError where the rows of f see each other.
 
-    For the second, f is called with four copies of the last sample, and with the first alone. We
+    For the second, f is called with the first sample alone, and with four copies of the last. We
     allow a fifth between a slope alone and in the batch (rounding, bfloat16), and a hundredth
     between the copies. Where the slope is near 0, a twentieth of |x| / |span| counts. It cannot see
     a coupling below a fifth of the slope, as by one int8 scale for the whole batch, or a later one.
@@ -912,9 +918,12 @@ def _check_start(f, t, x, k, span, cond):
         " system one sample, x[None]"
     )
     last = len(x) - 1
-    chosen = torch.tensor([last, last, last, last, 0] if last > 0 else [0], device=x.device)
+    samples = [[0], [last] * 4]
+    if last == 0:
+        samples = [[0]]
+    samples = [torch.tensor(i, device=x.device) for i in samples]
     alone = []
-    for i in (chosen[:4], chosen[4:])[: len(x)]:  # a single sample is looked at once
+    for i in samples:
         part = {name: c.index_select(0, i) for name, c in cond.items()}
         try:
             alone.append(f(t.index_select(0, i), x.index_select(0, i), **part))
@@ -922,10 +931,11 @@ def _check_start(f, t, x, k, span, cond):
             what = f"v fails on a part of the batch ({_describe(error)})"
             raise ValueError(f"{what}: {rule}") from error
     alone = torch.cat(alone)
-    in_batch = k.index_select(0, chosen)
-    size = rms(in_batch) + 0.05 * rms(x.index_select(0, chosen)) / abs(span)
+    samples = torch.cat(samples)
+    in_batch = k.index_select(0, samples)
+    size = rms(in_batch) + 0.05 * rms(x.index_select(0, samples)) / abs(span)
     same_as_in_batch = rms(alone - in_batch) <= 0.2 * size
-    same_as_each_other = rms(alone[:4] - alone[:1]) <= 0.01 * size[:4]
+    same_as_each_other = rms(alone[-4:] - alone[-1:]) <= 0.01 * size[-4:]
     if not (same_as_in_batch.all() & same_as_each_other.all()):
         raise ValueError(f"v gives a sample another slope alone than in the batch: {rule}")
 
@@ -938,8 +948,8 @@ def sample(v, path, shape, *, cond=None, device=None, dtype=None, generator=None
     takes your own start and times. Call net.eval() before, if v holds dropout or batch norm.
     """
     _check_path(path, ConditionalFlow)
-    x0 = path.sample_source(shape, device, dtype, generator)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # under it no write into x0 would be seen
+        x0 = path.sample_source(shape, device, dtype, generator)
         return odeint(v, x0, path.t_span, cond=cond, **solver)
 
 
@@ -969,7 +979,7 @@ def sample_sde(
         time = start + i * h
         t = _as_time(time, x).expand(len(x))
         with torch.no_grad():
-            v_t = _call(v, t, x.to(dtype), cond)
+            v_t = _call(v, t, x.to(dtype), cond).to(x.dtype)
             x_new = x + h * v_t
             g_t = _diffusion(g, path, time)
             if g_t != 0 and i + 1 < steps:
@@ -1036,6 +1046,7 @@ def log_prob(
     differentiable=False,
     generator=None,
     norm=rms,
+    check_rows=True,
     **solver,
 ) -> LogProb:
     """log p_1(x1) in nats, (B,), by the reverse ODE of Eqs. (31)-(33), as a LogProb record.
@@ -1045,9 +1056,10 @@ def log_prob(
     "exact" trace, d products a call, or "hutchinson", Eq. (34), by `probes` Rademacher vectors
     drawn once a solve, from generator. differentiable: whether gradients reach the weights of v and
     x1, for maximum likelihood. norm: as in odeint, of the error in x; the error of the
-    log-determinant is held to the tolerances by itself. solver: method, steps, rtol, atol and
-    max_nfe of odeint, with its errors. ValueError also for a v that cuts x from autodiff, by
-    no_grad, detach or numpy.
+    log-determinant is held to the tolerances by itself. check_rows: False leaves out a look at the
+    rows of v, three calls at the start that nfe does not count. solver: method, steps, rtol, atol
+    and max_nfe of odeint, with its errors. ValueError also for a v that cuts x wholly from autodiff
+    by no_grad, detach or numpy, and by any method for one whose rows see each other.
     """
     _check_path(path, ConditionalFlow)
     _check_batch("x1", x1)
@@ -1069,7 +1081,7 @@ def log_prob(
     # Attention's fused kernels have no double backward, and their backward no batching rule.
     math_attention = sdpa_kernel(SDPBackend.MATH)
     with torch.inference_mode(False), torch.set_grad_enabled(differentiable), math_attention:
-        x0, f0, nfe = _reverse_solve(v, path, x1, cond, z, differentiable, norm, solver)
+        x0, f0, nfe = _reverse_solve(v, path, x1, cond, z, differentiable, norm, check_rows, solver)
         std = path.source_std
         log_p0 = -((x0 / std) ** 2 + math.log(2 * math.pi * std**2)).sum(1) / 2
         log_p1 = log_p0 - f0.mean(1)  # Eq. (33), or Eq. (35)
@@ -1082,7 +1094,7 @@ def log_prob(
     return LogProb(log_p1, std_err, x0.reshape(x1.shape).to(x1.dtype), nfe)
 
 
-def _reverse_solve(v, path, x1, cond, z, differentiable, norm, solver):
+def _reverse_solve(v, path, x1, cond, z, differentiable, norm, check_rows, solver):
     """x0 (B, d), f(0) (B, P) and nfe (B,) of the reverse ODE, Eqs. (31)-(32).
 
     z: P probes (B, P, *dims), or None for the exact divergence, where P is 1.
@@ -1118,15 +1130,16 @@ def _reverse_solve(v, path, x1, cond, z, differentiable, norm, solver):
         _check_norm(size_x, error)
         return torch.maximum(size_x, rms(error[:, d:]))
 
-    v_t = without_divergence(t, x1, **cond)
-    _check_start(without_divergence, t, x1, v_t, end - start, cond)
+    if check_rows:
+        v_t = without_divergence(t, x1, **cond)
+        _check_start(without_divergence, t, x1, v_t, end - start, cond)
     state = torch.cat([x1.reshape(B, d), zeros], 1)  # [x1, 0], Eq. (32)
     state = state.to(_at_least_float32(x1.dtype))
     options = {"cond": rows, "norm": larger_norm, "check_rows": False, **solver}
     solution = odeint(augmented, state, (end, start), **options)
     f0 = solution.x[:, d:]
     if not f0.any():
-        _check_autodiff(v, t, x1, cond)
+        _check_autodiff(v, (t + start) / 2, x1, cond)
     return solution.x[:, :d], f0, solution.nfe
 
 
@@ -1146,10 +1159,6 @@ def _check_autodiff(v, t, x, cond):
     _require(bool((moved == v_t).all()), rule)
 
 
-# The numbers in a batch of vector-Jacobian products; larger ones leave the cache of a CPU.
-PRODUCTS_AT_ONCE = 2**17
-
-
 def _jacobian_products(v, t, x, vectors, create_graph, cond):
     """v_t (B, *dims) and z^T (dv/dx) z, Eq. (34), (B, P), for vectors z (P, B or 1, *dims)."""
     with torch.enable_grad():
@@ -1157,7 +1166,8 @@ def _jacobian_products(v, t, x, vectors, create_graph, cond):
             x = x.detach().requires_grad_()
         v_t = _call(v, t, x, cond)
         products = []
-        for z in vectors.split(max(1, PRODUCTS_AT_ONCE // x.numel())):
+        at_once = 2**17 if x.device.type == "cpu" else 2**22  # numbers; more leave a CPU's cache
+        for z in vectors.split(max(1, at_once // x.numel())):
             z = z.expand(-1, *x.shape)
             product = z * _vector_jacobian_products(v_t, x, z, create_graph, len(vectors) > 1)
             product = product.reshape(len(z), len(x), -1)
@@ -1304,12 +1314,12 @@ class UNet(nn.Module):
     """v_t(x) for images, as net(t, x, y=None, concat=None); call net.eval() before sampling.
 
     channels (even): of the first level; channel_mult: their multiple at each level, which has half
-    the size of the last. num_res_blocks: residual blocks a level. attention_resolutions: sizes in
-    pixels of the levels with attention; the middle always has it. head_channels: channels of each
-    attention head. num_classes: labels y are 0 to num_classes - 1; num_classes and None mean none.
-    time_scale: factor of t in its embedding. concat_channels: channels of a second image, concat,
-    that the network sees beside x. UNet(**net.config) builds the network again. ValueError for
-    attention at other sizes.
+    the size of the one before. num_res_blocks: residual blocks a level. attention_resolutions:
+    sizes in pixels of the levels with attention; the middle always has it. head_channels: channels
+    of each attention head. num_classes: labels y are 0 to num_classes - 1; num_classes and None
+    mean none. time_scale: factor of t in its embedding. concat_channels: channels of a second
+    image, concat, that the network sees beside x. UNet(**net.config) builds the network again.
+    ValueError for attention at other sizes.
 
     Take 48 channels or more. With 32 or a smaller power of 2, GroupNorm has one channel a group,
     which erases time and label.
@@ -1438,7 +1448,8 @@ class UNet(nn.Module):
         fits = y.shape == x.shape[:1] and y.dtype in (torch.int64, torch.int32)
         if fits and not torch.compiler.is_compiling():  # a look at values would break the graph
             fits = not _any_on_cpu((y < 0) | (y > self.num_classes))
-        _require(fits, f"y must be int64 ({len(x)},), 0 to {self.num_classes}, which means none", y)
+        rule = f"y must be integers ({len(x)},), 0 to {self.num_classes - 1}"
+        _require(fits, f"{rule}, or {self.num_classes} for no label", y)
 
     @classmethod
     def from_adm(cls, checkpoint, time_scale=1.0, **config):
@@ -1530,35 +1541,28 @@ def _check_cond(cond, x):
         fits = isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(x)
         rule = f"cond[{name!r}] must be a tensor of {len(x)} rows, one per sample"
         _require(fits, f"{rule}; leave it out, or bind it in a function", value)
-        rule = f"cond[{name!r}] holds NaN: leave these samples out"
+        rule = f"cond[{name!r}] holds NaN: leave these samples out, or fill them and pass a mask"
         _require(not _any_on_cpu(value.isnan()), rule, value)
     return cond
 
 
 def _call(v, t, x, cond):
-    """v(t, x, **cond), the one place where v is called.
+    """v(t, x, **cond), as all but guidance call it.
 
     ValueError for another shape than that of x, and if v wrote into the tensors that it was given,
-    which belong to the solver and the user.
+    which belong to the solver and the user. Unseen are writes through NumPy or x.data, into tensors
+    made under inference_mode, and a v that returns the same buffer again and again.
     """
-    arguments = (t, x, *cond.values())
-    before = _versions(arguments)
+    counted = [a for a in (t, x, *cond.values()) if not a.is_inference()]
+    before = [a._version for a in counted]  # how often each was written into
     v_t = v(t, x, **cond)
     shape = v_t.shape if isinstance(v_t, Tensor) else type(v_t).__name__
     if shape != x.shape:
         raise ValueError(f"v must return the shape of x, {tuple(x.shape)}; got {shape}")
-    if _versions(arguments) != before:
+    if [a._version for a in counted] != before:
         rule = "v must not write into t, x or cond, as x -= 1, x.clamp_() and inplace=True do"
         raise ValueError(f"{rule}: let it work on x.clone()")
     return v_t
-
-
-def _versions(tensors):
-    """How often each was written into, or None where one of them does not count it."""
-    try:
-        return [a._version for a in tensors]
-    except RuntimeError:  # made under inference_mode
-        return None
 
 
 def _check_times(t, x, t_span):
