@@ -414,7 +414,7 @@ def draw_figure(data, args):
     x1 = data.sample(50)
     points = data.sample(1500)
     rows = {}
-    for path in (fm.OTPath(args.sigma_min), fm.VPPath()):
+    for name, path in (("OT", fm.OTPath(args.sigma_min)), ("VP", fm.VPPath())):
         times = torch.linspace(*path.t_span, 201)
         pairs = [path.psi(t, x0, x1) for t in times]
         flow = fm.odeint(partial(data.field, path), x0, times)
@@ -427,7 +427,7 @@ def draw_figure(data, args):
             draw_dots(panel, xs[0], 14, 50 * ["#4f8dff"])
             draw_dots(panel, xs[-1], 14, 50 * ["#fde725"])
             panels.append(panel.reduce(4))
-        rows[repr(path)] = panels
+        rows[f"{name} path"] = panels
     headings = ("single pairs, from blue noise to yellow data", "exact flow of the data")
     grid(410, headings, rows).save(args.out / "paths.png")
 
