@@ -467,6 +467,7 @@ def _weight(weight, path, t, x1):
         _, sigma_t, _, _ = path.moments(t, x1)
         return sigma_t**2
     if weight == "beta":
+        _require(isinstance(path, VPPath), "weight 'beta' needs VPPath()", path)
         return time_column(path.beta(1 - t), x1)
     lambda_t = weight(t)
     _require(lambda_t.shape == t.shape, "weight must return one number per sample, (B,)", lambda_t)

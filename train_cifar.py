@@ -45,7 +45,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are
 # Departure: modern, the default, is the recipe of Tong et al. (2024), smaller and better than the
 # paper's Table 3. laptop is for two CPU cores: many small steps.
 # fmt: off
-RECIPES =                  ("modern",     "paper",      "laptop")
+NAMES =                    ("modern",     "paper",      "laptop")
 SETTINGS = {
     "size":                  (32,           32,           28),
     "grey":                  (False,        False,        True),
@@ -66,6 +66,9 @@ SETTINGS = {
     "workers":               (4,            4,            0),
 }
 # fmt: on
+RECIPES = {}
+for number, name in enumerate(NAMES):
+    RECIPES[name] = {setting: values[number] for setting, values in SETTINGS.items()}
 # What a run keeps, since its weights depend on it, and what no checkpoint holds.
 KEPT = "recipe size grey conditional superres path objective channels channel_mult num_res_blocks"
 KEPT += " attention_resolutions dropout"
@@ -124,7 +127,7 @@ def parse_args(argv=None):
     add("--late-times", type=float,
         help="share of the training times near the data, t = 1 - u^5 with u uniform in [0, 1], for "
              "better bits per dimension; the other times are uniform")
-    add("--channels", type=int, help="channels of the UNet at its first level, 48 or more")
+    add("--channels", type=int, help="channels of the UNet at its first level; better 48 or more")
     add("--channel-mult", type=int, nargs="+",
         help="multiple of --channels at each level; each level has half the width of the last")
     add("--num-res-blocks", type=int, help="residual blocks at each level")
@@ -161,11 +164,11 @@ def parse_args(argv=None):
         help="images at a time on each rank in --sample and --bpd, whose noise depends on it")
     # fmt: on
 
-    parser.set_defaults(**recipe("modern"))
+    parser.set_defaults(**RECIPES["modern"])
     args = parser.parse_args(argv)  # for --out and --recipe, which say where the defaults are
     checkpoint = read_checkpoint(args.out)
     stored = {} if checkpoint is None else checkpoint["args"]
-    parser.set_defaults(**recipe(args.recipe))
+    parser.set_defaults(**RECIPES[args.recipe])
     parser.set_defaults(**stored)
     args = parser.parse_args(argv)
 
@@ -177,6 +180,12 @@ def parse_args(argv=None):
     if args.objective != "velocity" and args.path in ("ot", "cosine"):
         rule = f"--objective {args.objective} tells no velocity at t = 0 of --path {args.path}"
         raise UserError(f"{rule}, where sampling starts: use --path vp")
+    if args.objective == "scoreflow" and args.path != "vp":
+        raise UserError(f"--objective scoreflow has a weight of --path vp, not of {args.path}")
+    if args.guidance != 1 and not args.conditional:
+        raise UserError("--guidance needs a run with --conditional")
+    if not 0 <= args.late_times < 1:
+        raise UserError(f"--late-times is a share, 0 to below 1; got {args.late_times}")
     if args.batch % WORLD != 0:
         raise UserError(f"--batch {args.batch} must be a multiple of the {WORLD} ranks")
     data = Path(args.data).resolve()
@@ -187,12 +196,6 @@ def parse_args(argv=None):
     if not 0 <= args.seed <= 999:
         raise UserError(f"--seed must lie in 0 to 999, or runs share noise; got {args.seed}")
     return args, checkpoint
-
-
-def recipe(name):
-    """The settings of a recipe, a column of the table."""
-    column = RECIPES.index(name)
-    return {setting: values[column] for setting, values in SETTINGS.items()}
 
 
 # ---- Training ----
@@ -220,6 +223,7 @@ def train(args, checkpoint, device):
         precision = torch.autocast(device.type, torch.bfloat16)
     torch.set_float32_matmul_precision("high")  # TF32, for training alone
     torch.backends.cudnn.benchmark = True
+    largest = args.clip if args.clip > 0 else math.inf
     on_gpu = device.type == "cuda"
     order = step_indices(args, len(images), first)
     how = {"num_workers": args.workers, "pin_memory": on_gpu}  # so that copies do not wait
@@ -228,7 +232,8 @@ def train(args, checkpoint, device):
     logged = first
     began = time.perf_counter()
     for step, (pixels, labels) in enumerate(batches, first):
-        # Draw x1 and its conditions. All that is random is a function of seed, step and rank.
+        # Draw x1 and its conditions. All that is random from here on, x0 in cfm_loss and dropout,
+        # too, is a function of seed, step, rank and their number.
         torch.manual_seed(args.seed + 1000 * (step * WORLD + RANK))
         pixels = pixels.to(device, non_blocking=on_gpu)
         labels = labels.to(device, non_blocking=on_gpu)
@@ -246,7 +251,7 @@ def train(args, checkpoint, device):
         with precision:
             loss = fm.cfm_loss(model, path, x1, cond=cond, t=t, **fm.OBJECTIVES[args.objective])
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), largest)
         optimizer.param_groups[0]["lr"] = learning_rate(args, step)
         optimizer.step()
         optimizer.zero_grad()
@@ -369,7 +374,7 @@ def write_whole(file, save):
     """Writes what save(stream) writes: whoever kills this finds the old file or the new one."""
     data = io.BytesIO()
     save(data)
-    part = file.with_name(f"rank_{RANK}.part")  # one name: what a kill leaves, the next replaces
+    part = file.with_name(f"{file.name}.part")
     try:
         with open(part, "wb") as stream:
             stream.write(data.getbuffer())
@@ -443,7 +448,8 @@ def load_images(args, classes, train):
     if classes:
         unknown = sorted(set(images.classes) - set(classes))
         if unknown:
-            raise UserError(f"{source} has classes that training had not: {unknown}")
+            rule = f"{source} has classes that training had not: {unknown}"
+            raise UserError(f"{rule}; its folders must be named as among {classes}")
         numbers = [classes.index(name) for name in images.classes]
         images.target_transform = numbers.__getitem__
     return images
@@ -649,8 +655,10 @@ def main(argv=None):
         run(*parse_args(argv))
     except KeyboardInterrupt:
         args, checkpoint = parse_args(argv)
-        saved = checkpoint or {"step": "none"}
-        sys.exit(f"train_cifar.py: stopped; the checkpoint in {args.out} has step {saved['step']}")
+        saved = "no checkpoint yet"
+        if checkpoint is not None:
+            saved = f"the checkpoint of step {checkpoint['step']}"
+        sys.exit(f"train_cifar.py: stopped; {args.out} has {saved}")
     except (UserError, OSError, fm.SolverError) as error:
         # The last line is the cause: a worker of DataLoader puts its traceback before it.
         lines = (str(error) or repr(error)).splitlines()

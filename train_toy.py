@@ -147,6 +147,7 @@ def train(name, path, objective, data, args):
         decay = (1 + math.cos(math.pi * (step - 1) / args.steps)) / 2
         optimizer.param_groups[0]["lr"] = args.lr * warmup * decay
         x1 = data.sample(args.batch).to(args.device)
+        # It draws t and x0 for each x1.
         loss = fm.cfm_loss(flow, flow.path, x1, **fm.OBJECTIVES[objective])
         optimizer.zero_grad()
         loss.backward()
