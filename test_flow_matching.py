@@ -2988,12 +2988,11 @@ def test_each_step_has_its_loss_rate_clipping_precision_seed_and_place_in_the_av
     assert [seed for _, _, seed in seen] == [7, 1007, 2007, 3007, 4007]
     assert all(step["autocast"] for step in steps)
     assert all(step["how"] == {"predict": "score", "weight": "sigma^2"} for step in steps)
-    assert cifar("--steps 4 --clip 0 --log-every 3", out="free")[0] is None
-    assert (
-        seen[-1][1] > 0.01
-        and not steps[-1]["autocast"]
-        and steps[-1]["how"]["predict"] == "velocity"
-    )
+    for clip in ("0", "-1"):  # a limit below 0 would turn the gradient round
+        assert cifar(f"--steps 4 --clip {clip} --log-every 3", out=f"free{clip}")[0] is None
+        assert seen[-1][1] > 0.01 and not steps[-1]["autocast"]
+        assert steps[-1]["how"]["predict"] == "velocity"
+    assert_close(*(read(Path(out))["net"] for out in ("free0", "free-1")), rtol=0, atol=0)
 
 
 def test_progress_is_the_mean_loss_images_per_second_and_the_time_left(cifar, steps, monkeypatch):
