@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, default_collate
-from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import save_image
@@ -40,6 +40,7 @@ import flow_matching as fm
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets it: the number of this process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are
+HIDDEN = (".", "__")  # .ipynb_checkpoints, ._photo.png, __MACOSX: programs write them
 
 # ---- Settings ----
 # Departure: modern, the default, is the recipe of Tong et al. (2024), smaller and better than the
@@ -79,15 +80,13 @@ class UserError(Exception):
     """What a user can mend: main prints its line, without a traceback."""
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Prints each default, and the docstring above as it stands."""
-
-
 def parse_args(argv=None):
     """Settings, and the checkpoint of --out or None: flags, then checkpoint, then recipe."""
-    usage = "%(prog)s [--flag value]..."
     parser = argparse.ArgumentParser(
-        "train_cifar.py", usage, __doc__, formatter_class=HelpFormatter
+        usage="train_cifar.py [--flag value]...",
+        description="Train, resume, sample and evaluate image models. What is not given comes from "
+        "the checkpoint in --out, and without one from the recipe; shown are those of modern.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     boolean = argparse.BooleanOptionalAction
     # fmt: off
@@ -180,10 +179,6 @@ def parse_args(argv=None):
     if args.objective != "velocity" and args.path in ("ot", "cosine"):
         rule = f"--objective {args.objective} tells no velocity at t = 0 of --path {args.path}"
         raise UserError(f"{rule}, where sampling starts: use --path vp")
-    if args.objective == "scoreflow" and args.path != "vp":
-        raise UserError(f"--objective scoreflow has a weight of --path vp, not of {args.path}")
-    if args.guidance != 1 and not args.conditional:
-        raise UserError("--guidance needs a run with --conditional")
     if not 0 <= args.late_times < 1:
         raise UserError(f"--late-times is a share, 0 to below 1; got {args.late_times}")
     if args.batch % WORLD != 0:
@@ -203,14 +198,12 @@ def train(args, checkpoint, device):
     """Trains from the checkpoint, or from new weights, until step --steps."""
     Path(args.out, "samples").mkdir(parents=True, exist_ok=True)
     classes = [] if checkpoint is None else checkpoint["classes"]
-    images = shown = load_images(args, classes, train=True)
+    images = load_images(args, classes, train=True)
     if len(images) < args.batch:
         raise UserError(f"--data {args.data} has {len(images)} images, fewer than a --batch")
     if args.conditional:
         classes = classes or images.classes
         print("classes:", dict(enumerate(classes)))
-    if args.superres > 1:
-        shown = load_images(args, classes, train=False)  # what pictures enlarge
     net, average, optimizer, first = initial_state(args, checkpoint, classes, device)
     v, path = field(vars(args), average)
     print(vars(args))
@@ -226,8 +219,7 @@ def train(args, checkpoint, device):
     largest = args.clip if args.clip > 0 else math.inf
     on_gpu = device.type == "cuda"
     order = step_indices(args, len(images), first)
-    how = {"num_workers": args.workers, "pin_memory": on_gpu}  # so that copies do not wait
-    batches = DataLoader(images, batch_sampler=order, **how)
+    batches = DataLoader(images, batch_sampler=order, num_workers=args.workers, pin_memory=on_gpu)
     totals = torch.zeros(2, device=device)  # of this rank's loss and the norm, since `logged`
     logged = first
     began = time.perf_counter()
@@ -279,7 +271,7 @@ def train(args, checkpoint, device):
             logged = done
         if save and RANK == 0:
             save_checkpoint(args, done, classes, net, average, optimizer)
-            write_picture(args, v, path, classes, shown, done, device)
+            write_picture(args, v, path, classes, images, done, device)
 
 
 def initial_state(args, checkpoint, classes, device):
@@ -425,13 +417,11 @@ def field(settings, net):
 # ---- Data ----
 def load_images(args, classes, train):
     """Training or held-out pixels (C, S, S) uint8 and labels, numbered as classes unless []."""
-    source = args.data
-    if not train:
-        source = args.test
-        if args.test is None:
-            source = "cifar10"  # which has test images of its own
-            if args.data != "cifar10":
-                raise UserError("--bpd and --superres need held-out images: give --test FOLDER")
+    source = args.data if train else args.test
+    if source is None and args.data == "cifar10":
+        source = "cifar10"  # which has test images of its own
+    if source is None:
+        raise UserError("no held-out images: give --test FOLDER")
     to_pixels = partial(read_pixels, size=args.size, grey=args.grey)
     if source == "cifar10":
         try:
@@ -445,57 +435,51 @@ def load_images(args, classes, train):
         images = CIFAR10("data", train=train, transform=to_pixels)
     else:
         images = Pictures(source, to_pixels, args.conditional)
-    if classes:
-        unknown = sorted(set(images.classes) - set(classes))
-        if unknown:
-            rule = f"{source} has classes that training had not: {unknown}"
-            raise UserError(f"{rule}; its folders must be named as among {classes}")
-        numbers = [classes.index(name) for name in images.classes]
-        images.target_transform = numbers.__getitem__
+    if classes and images.classes != classes:
+        rule = f"{source} has the classes {images.classes}, but training had {classes}"
+        raise UserError(f"{rule}: labels are their places in this list, so it must be the same")
     return images
 
 
-class Pictures(ImageFolder):
-    """The pictures below a folder; with labels its subfolders are the classes, else it is one.
+class Pictures:
+    """Pixels and labels of the pictures below a folder; its subfolders are the classes, or nothing.
 
-    Each real folder is read once, even if links lead back to it, and hidden ones never.
+    Each real folder is read once, even if links lead back to it, and what is hidden never.
     """
 
     def __init__(self, folder, to_pixels, labelled):
-        self.labelled = labelled
-        super().__init__(folder, transform=to_pixels, loader=Image.open)
-
-    def find_classes(self, folder):
-        self.found = []  # pictures and their classes; "." is the folder itself
+        self.to_pixels = to_pixels
+        self.found = []  # pictures and the names of their classes
         seen = {os.path.realpath(folder)}
-        todo = [(folder, ".")]
-        for here, label in todo:  # which grows on the way
-            for name in sorted(os.listdir(here)):
-                path = os.path.join(here, name)
-                real = os.path.realpath(path)
-                if name.startswith((".", "__")) or real in seen:
-                    continue  # programs hide .ipynb_checkpoints and __MACOSX
-                if os.path.isdir(path):
-                    seen.add(real)
-                    is_class = self.labelled and here == folder
-                    todo.append((path, name if is_class else label))
-                elif name.lower().endswith(IMG_EXTENSIONS):
-                    self.found.append((path, label))
+        for here, folders, files in os.walk(folder, followlinks=True):
+            inside = Path(here).relative_to(folder).parts  # beginning with the class
+            for name in sorted(folders):
+                real = os.path.realpath(os.path.join(here, name))
+                if real in seen or name.startswith(HIDDEN):
+                    folders.remove(name)
+                seen.add(real)
+            folders.sort()
+            for name in sorted(files):
+                is_picture = name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(HIDDEN)
+                if is_picture and (inside or not labelled):
+                    label = inside[0] if labelled else "all"
+                    self.found.append((Path(here, name), label))
         if not self.found:
-            raise UserError(f"{folder} holds no picture, {', '.join(IMG_EXTENSIONS)}")
-        labels = {label for _, label in self.found}
-        names = sorted(labels - {"."}) or sorted(labels)  # none beside the folders of classes
-        return names, {name: number for number, name in enumerate(names)}
+            where = "a folder in it" if labelled else "it"
+            raise UserError(f"{folder}: no picture in {where}, {', '.join(IMG_EXTENSIONS)}")
+        self.classes = sorted({label for _, label in self.found})
 
-    def make_dataset(self, folder, class_to_idx, **options):
-        return [(file, class_to_idx[label]) for file, label in self.found if label in class_to_idx]
+    def __len__(self):
+        return len(self.found)
 
     def __getitem__(self, index):
+        file, label = self.found[index]
         try:
-            return super().__getitem__(index)
+            with Image.open(file) as image:
+                pixels = self.to_pixels(image)
         except Exception as error:  # Pillow raises many kinds, for what it finds in the file
-            file, _ = self.samples[index]
             raise UserError(f"{file} cannot be read as a picture: {error}") from error
+        return pixels, self.classes.index(label)
 
 
 def read_pixels(image, size, grey):
@@ -516,12 +500,6 @@ def read_pixels(image, size, grey):
     return pil_to_tensor(image)
 
 
-def fetch(images, indices, device):
-    """Pixels (B, C, S, S) uint8 and labels (B,) of the images with these indices."""
-    pixels, labels = default_collate([images[index] for index in indices])
-    return pixels.to(device), labels.to(device)
-
-
 # ---- Sampling and evaluation ----
 @torch.no_grad()
 def generate(args, v, path, numbers, classes, images, device, **solver):
@@ -533,7 +511,9 @@ def generate(args, v, path, numbers, classes, images, device, **solver):
     pixels = None
     if args.superres > 1:
         chosen = [number % len(images) for number in numbers]
-        pixels, labels = fetch(images, chosen, device)
+        pixels, labels = default_collate([images[index] for index in chosen])
+        pixels = pixels.to(device)
+        labels = labels.to(device)
     cond = conditions(args, pixels, labels)
     shape = (1, 1 if args.grey else 3, args.size, args.size)
     noise = []
@@ -597,8 +577,9 @@ def print_bpd(args, v, path, images, step, device):
     for numbers in batches_of_rank(list(range(count)), args.eval_batch):
         torch.manual_seed(args.seed + 1000 * numbers[0])
         chosen = [number * len(images) // count for number in numbers]  # folders go by class
-        pixels, labels = fetch(images, chosen, device)
-        cond = conditions(args, pixels, labels)
+        pixels, labels = default_collate([images[index] for index in chosen])
+        pixels = pixels.to(device)
+        cond = conditions(args, pixels, labels.to(device))
         bpd[numbers] = fm.bits_per_dim(
             v, path, pixels, K=args.K, cond=cond, rtol=args.tol, atol=args.tol
         ).bpd

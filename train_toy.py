@@ -450,15 +450,14 @@ def run(args):
     try:
         for name, (path, objective) in rows.items():
             start = time.time()
-            flow = train(name, path, objective, data, args)
+            flows[name] = train(name, path, objective, data, args)
             seconds = time.time() - start
-            flows[name] = flow
-            results[name] = measure(flow, data, args)
+            results[name] = measure(flows[name], data, args)
             results[name]["seconds"] = seconds
             state = {"settings": vars(args), "results": results}
             text = json.dumps(state, indent=1, default=str)
             (args.out / "metrics.json").write_text(text)
-            save(args.out / f"model_{name.replace(' ', '_')}.pt", flow)
+            save(args.out / f"model_{name.replace(' ', '_')}.pt", flows[name])
     finally:  # also where Ctrl-C or a full disk ends it
         if results:
             print_table(results)
