@@ -2923,7 +2923,7 @@ def test_learning_rate_is_the_papers():
     assert at == pytest.approx([1, 2 / 3, 1 / 3, 1e-8], rel=1e-3)
 
 
-LINE = re.compile(r"^step (\d+)  loss (\S+)  images/s (\S+)  time left (\S+)$", re.M)
+PROGRESS = re.compile(r"^step (\d+)  loss (\S+)  images/s (\S+)  time left (\S+)$", re.M)
 
 
 def test_each_step_has_its_loss_rate_clipping_precision_seed_and_place_in_the_average(
@@ -2943,7 +2943,7 @@ def test_each_step_has_its_loss_rate_clipping_precision_seed_and_place_in_the_av
     assert cifar(f"{flags} --steps 1")[0] is None
     average = read()["average"]
     for n in (1, 2, 3):
-        ((number, loss, *_),) = LINE.findall(cifar(f"--steps {n + 1}", new=False)[1])
+        ((number, loss, *_),) = PROGRESS.findall(cifar(f"--steps {n + 1}", new=False)[1])
         assert float(loss) == pytest.approx(steps[-1]["loss"], rel=1e-5)  # its own step's alone
         state = read()
         decay = min(0.3, (1 + n) / (10 + n))
@@ -2966,7 +2966,7 @@ def test_each_step_has_its_loss_rate_clipping_precision_seed_and_place_in_the_av
 def test_progress_is_the_mean_loss_images_per_second_and_the_time_left(cifar, steps, monkeypatch):
     clock = iter(range(0, 10_000, 100))  # 100 s from one look to the next: at first, at each line
     monkeypatch.setattr(train_cifar.time, "perf_counter", lambda: next(clock))
-    numbers, means, speeds, left = zip(*LINE.findall(cifar("--steps 5")[1]))
+    numbers, means, speeds, left = zip(*PROGRESS.findall(cifar("--steps 5")[1]))
     losses = [step["loss"] for step in steps]
     expected = [(losses[0] + losses[1]) / 2, (losses[2] + losses[3]) / 2, losses[4]]
     assert numbers == ("2", "4", "5") and left == ("0:02:30", "0:00:50", "0:00:00")
@@ -3108,27 +3108,29 @@ def test_a_picture_is_cut_to_its_central_square_averaged_and_rounded(tmp_path):
     assert (only_image(tmp_path, "--grey")[0] - grey).abs().max() <= 1.5
 
 
-UNREADABLE = [  # picture and how it is saved, or None for one that is cut; workers
-    (shades("I", np.int32), {}, 0),
-    (shades("F", np.float32), {}, 0),
-    (shades("I;16", np.uint16), {"tiffinfo": {262: 0}}, 0),  # 0 is white
-    (None, {}, 1),
+UNREADABLE = [  # picture and how it is saved
+    (shades("I", np.int32), {}),
+    (shades("F", np.float32), {}),
+    (shades("I;16", np.uint16), {"tiffinfo": {262: 0}}),  # 0 is white
 ]
 
 
-@cases("picture, options, workers", UNREADABLE)
-def test_a_picture_that_cannot_be_read_is_named(cifar, tmp_path, picture, options, workers):
-    file = tmp_path / "train" / "a" / "000.png"
-    cut = file.read_bytes()[:60]
-    if picture is not None:
-        file.unlink()
-        file = file.with_name("x.tif")
-        picture.save(file, **options)
-        assert Image.open(file).tag_v2.get(262) == (0 if options else 1)
-    else:
-        file.write_bytes(cut)
-    error, _ = cifar(f"--batch 20 --workers {workers}")
-    assert_refused(error, os.path.join("train", "a", file.name), "cannot be read as a picture")
+@cases("picture, options", UNREADABLE)
+def test_a_picture_that_does_not_tell_black_from_white_is_named(cifar, picture, options):
+    file = Path("train/a/000.png")
+    file.unlink()
+    picture.save(file.with_name("x.tif"), **options)
+    assert Image.open(file.with_name("x.tif")).tag_v2.get(262) == (0 if options else 1)
+    name = os.path.join("train", "a", "x.tif")
+    assert_refused(cifar("--batch 20")[0], f"{name} cannot be read as a picture", "as 8-bit PNG")
+
+
+def test_a_picture_that_is_cut_is_named_also_by_workers(cifar, fork):
+    file = Path("train/a/000.png")
+    file.write_bytes(file.read_bytes()[:60])
+    _, text = fork("--batch 20 --workers 1")
+    for error in (text.splitlines()[-1], cifar("--batch 20")[0]):
+        assert_refused(error, f"{file} cannot be read as a picture: ")
 
 
 def test_folders_hidden_linked_and_flat(tmp_path):
@@ -3156,7 +3158,7 @@ def test_folders_hidden_linked_and_flat(tmp_path):
     assert files(f"--data {folder}")[0] == [(name, 0) for name in [*inside, "top.jpg"]]
 
 
-def test_labels_follow_their_names_and_are_told(cifar, tmp_path):
+def test_labels_follow_their_names_and_are_told(cifar, steps, tmp_path):
     for name in ("10", "2"):
         paint(tmp_path / "numbers" / name, 6)
     error, text = cifar("--conditional --data numbers --batch 12")
@@ -3167,6 +3169,9 @@ def test_labels_follow_their_names_and_are_told(cifar, tmp_path):
     for flags in ("--steps 3 --data train", "--bpd 1 --test test"):
         error, _ = cifar(flags, new=False)
         assert_refused(error, "has the classes ['a', 'b'], but training had ['10', '2']")
+    shutil.rmtree("numbers/10")
+    assert cifar("--steps 2 --batch 6", new=False)[0] is None
+    assert set(steps[-1]["y"].tolist()) <= {1, 2}  # "2", or none
 
 
 def tiny_cifar(root, monkeypatch):
@@ -3716,6 +3721,8 @@ def test_readme_commands_and_image_blocks_run_in_their_order(page, tmp_path, mon
                 ("[{}]", '[{"rtol": 1.0}]'),
                 ("repeat(50)", "repeat(2)"),
                 ("(500,", "(20,"),
+                ("steps=10", "steps=2"),
+                (""", cond={"y": y}).xs""", """, cond={"y": y}, rtol=1.0).xs"""),
             ):
                 code = code.replace(long, short)
             exec(compile(textwrap.dedent(code), "README", "exec"), names)
@@ -3734,7 +3741,7 @@ def test_readme_commands_and_image_blocks_run_in_their_order(page, tmp_path, mon
 
 
 def run_readme_line(line):
-    """Runs a line of the README in this process, or by torchrun in others; 1 if it ran."""
+    """Runs a line of the README in this process; 1 if it is of the scripts. Ranks: see above."""
     loop = re.fullmatch(r"for (\w+) in (.*); do (.*); done", line)
     if loop:
         name, values, line = loop.groups()
@@ -3760,10 +3767,7 @@ def run_readme_line(line):
             flags += f" {CIFAR} --channel-mult {levels} {steps[0] if steps else ''}"
         train_cifar.main(flags.split())
     else:
-        flags = f"{flags} {CIFAR} --data FOLDER --out runs/many --channel-mult 1 1 1 1"
-        script = [HERE / "train_cifar.py", *flags.split()]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *script]
-        assert subprocess.run(command, env=ONE_THREAD, capture_output=True).returncode == 0
+        assert program == "torchrun --nproc_per_node=auto train_cifar" and flags == ""
     return 1
 
 

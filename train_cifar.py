@@ -434,10 +434,10 @@ def load_images(args, classes, train):
             dist.barrier()  # the other ranks wait for the download
         images = CIFAR10("data", train=train, transform=to_pixels)
     else:
-        images = Pictures(source, to_pixels, args.conditional)
+        images = Pictures(source, to_pixels, args.conditional, classes)
     if classes and images.classes != classes:
         rule = f"{source} has the classes {images.classes}, but training had {classes}"
-        raise UserError(f"{rule}: labels are their places in this list, so it must be the same")
+        raise UserError(f"{rule}: give its folders these names")
     return images
 
 
@@ -447,7 +447,7 @@ class Pictures:
     Each real folder is read once, even if links lead back to it, and what is hidden never.
     """
 
-    def __init__(self, folder, to_pixels, labelled):
+    def __init__(self, folder, to_pixels, labelled, classes):
         self.to_pixels = to_pixels
         self.found = []  # pictures and the names of their classes
         seen = {os.path.realpath(folder)}
@@ -467,7 +467,8 @@ class Pictures:
         if not self.found:
             where = "a folder in it" if labelled else "it"
             raise UserError(f"{folder}: no picture in {where}, {', '.join(IMG_EXTENSIONS)}")
-        self.classes = sorted({label for _, label in self.found})
+        names = {label for _, label in self.found}
+        self.classes = classes if names <= set(classes) else sorted(names)
 
     def __len__(self):
         return len(self.found)
