@@ -115,7 +115,8 @@ def parse_args(argv=None):
         help="learn labels: CIFAR-10's, or the names of the folders in --data; a tenth of them is "
              "hidden in training, for --guidance")
     add("--superres", type=int, default=1,
-        help="learn images given themselves at 1/N of their width, Section 6.3; 1 gives nothing")
+        help="learn images given themselves at 1/N of their width, Section 6.3; --sample enlarges "
+             "those of --test, pictures in training those of --data; 1 gives nothing")
     add("--workers", type=int, help="processes a rank that read images; with 0 training does")
 
     add = parser.add_argument_group("method and network").add_argument
