@@ -2780,6 +2780,7 @@ def test_recipes_have_these_values_and_flags_come_first(recipe):
 
 OTHERS = "--channels 24,--size 16,--grey,--superres 2,--dropout 0.3,--no-conditional,--path vp"
 OTHERS += ",--num-res-blocks 2,--channel-mult 1 2,--attention-resolutions 4,--recipe laptop"
+OTHERS += ",--objective noise"
 
 
 def test_a_resumed_run_keeps_settings_takes_changes_and_forgets_those_of_one_command(cifar):
@@ -2821,6 +2822,8 @@ REFUSED = {  # command line: words of its one line
     "--out train/a/000.png": "train/a/000.png",
     "--sample 3": "run has no checkpoint.pt: train first",
     "--seed 1000": "--seed must lie in 0 to 999, or runs share noise; got 1000",
+    "--seed -1": "--seed must lie in 0 to 999",
+    "--late-times -0.1": "--late-times is a share, 0 to below 1; got -0.1",
     "--late-times 20": "--late-times is a share, 0 to below 1; got 20.0",
     "--test train/a": f"--test train/a and --data train {INSIDE}",
     "--data train/a --test train": f"--test train and --data train/a {INSIDE}",
@@ -2945,6 +2948,9 @@ def test_learning_rate_is_the_papers():
     args = settings("--lr 1 --warmup 0 --decay linear --steps 4")
     at = [train_cifar.learning_rate(args, step) for step in range(4)]
     assert at == pytest.approx([1, 2 / 3, 1 / 3, 1e-8], rel=1e-3)
+    args.warmup = 4  # all of its steps
+    at = [train_cifar.learning_rate(args, step) for step in range(4)]
+    assert at == pytest.approx([1 / 4, 1 / 2, 3 / 4, 1e-8], rel=1e-3)
 
 
 PROGRESS = re.compile(r"^step (\d+)  loss (\S+)  images/s (\S+)  time left (\S+)$", re.M)
