@@ -95,8 +95,8 @@ def parse_args(argv=None):
     add("--recipe", choices=RECIPES, default="modern",
         help="defaults of a new run: Tong et al. (2024), Table 3 of the paper, or two CPU cores")
     add("--sample", type=int, default=0,
-        help="do not train: write samples 0 to N - 1 as PNG files, and keep those that are there; "
-             "with --conditional, sample i has label i modulo the number of classes")
+        help="do not train: write samples 0 to N - 1 as PNG files, and keep those that are there, "
+             "but for --superres; sample i has label i modulo the number of classes")
     add("--bpd", type=int, default=0,
         help="do not train: evaluate bits per dimension of this many held-out images")
     add("--seed", type=int, default=0, help="seed of weights, order of images and noise, 0 to 999")
@@ -146,7 +146,8 @@ def parse_args(argv=None):
     add("--precision", choices=["fp32", "bf16"], default="fp32",
         help="bf16 trains under autocast, fp32 with TF32 where the GPU has it")
     add("--compile", action=boolean, default=False, help="train with torch.compile")
-    add("--log-every", type=int, default=100, help="steps from one line of progress to the next")
+    add("--log-every", type=int, default=100,
+        help="steps from one line of progress, with the loss of rank 0, to the next")
     add("--save-every", type=int, default=1000,
         help="steps from one checkpoint, and one picture by 10 midpoint steps, to the next")
 
@@ -226,7 +227,7 @@ def train(args, checkpoint, device):
     began = time.perf_counter()
     for step, (pixels, labels) in enumerate(batches, first):
         # Draw x1 and its conditions. All that is random from here on, x0 in cfm_loss and dropout,
-        # too, is a function of seed, step, rank and their number.
+        # too, is a function of seed, step, rank and number of ranks.
         torch.manual_seed(args.seed + 1000 * (step * WORLD + RANK))
         pixels = pixels.to(device, non_blocking=on_gpu)
         labels = labels.to(device, non_blocking=on_gpu)
@@ -395,12 +396,13 @@ def read_checkpoint(out):
     return checkpoint
 
 
-def load(out, device="cpu"):
+def load(out, device="cpu", checkpoint=None):
     """v, path, net, classes: the field of a run's averaged weights, their UNet, names of labels.
 
     The field is on pixels / 128 - 1, and takes cond of the run: y, concat or none.
     """
-    checkpoint = read_checkpoint(out)
+    if checkpoint is None:
+        checkpoint = read_checkpoint(out)
     if checkpoint is None:
         raise UserError(f"{out} has no checkpoint.pt: train first")
     net = fm.UNet(**checkpoint["network"]).to(device).eval().requires_grad_(False)
@@ -438,8 +440,12 @@ def load_images(args, classes, train):
         images = Pictures(source, to_pixels, args.conditional, classes)
     if classes and images.classes != classes:
         rule = f"{source} has the classes {images.classes}, but training had {classes}"
-        raise UserError(f"{rule}: give its folders these names")
+        raise UserError(f"{rule}: they must be among these")
     return images
+
+
+def stop(error):
+    raise error  # where os.walk would leave a folder out
 
 
 class Pictures:
@@ -451,14 +457,17 @@ class Pictures:
     def __init__(self, folder, to_pixels, labelled, classes):
         self.to_pixels = to_pixels
         self.found = []  # pictures and the names of their classes
-        seen = {os.path.realpath(folder)}
-        for here, folders, files in os.walk(folder, followlinks=True):
+        top = Path(folder).resolve()
+        seen = {top, *top.parents}
+        for here, folders, files in os.walk(folder, onerror=stop, followlinks=True):
             inside = Path(here).relative_to(folder).parts  # beginning with the class
-            for name in sorted(folders):
-                real = os.path.realpath(os.path.join(here, name))
+            links = {name: Path(here, name).is_symlink() for name in folders}
+            for name in sorted(folders, key=links.get):  # real folders first
+                real = Path(here, name).resolve()
                 if real in seen or name.startswith(HIDDEN):
                     folders.remove(name)
-                seen.add(real)
+                else:
+                    seen.add(real)
             folders.sort()
             for name in sorted(files):
                 is_picture = name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(HIDDEN)
@@ -530,7 +539,10 @@ def generate(args, v, path, numbers, classes, images, device, **solver):
 
 
 def write_picture(args, v, path, classes, images, step, device):
-    """samples/step_N.png: eight rows; a column for each of at most ten classes, or eight."""
+    """samples/step_N.png: eight rows; a column for each of at most ten classes, or eight.
+
+    With --superres the first images are enlarged, one after the other.
+    """
     columns = min(10, len(classes)) or 8
     numbers = range(8 * columns)
     pixels, _ = generate(
@@ -620,7 +632,7 @@ def run(args, checkpoint):
         train(args, checkpoint, device)
     else:
         torch.backends.cudnn.allow_tf32 = False  # its rounding is larger than --tol
-        v, path, _, classes = load(args.out, device)
+        v, path, _, classes = load(args.out, device, checkpoint)  # not a newer one
         images = None
         if args.bpd > 0 or args.superres > 1:
             images = load_images(args, classes, train=False)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Flow matching in two dimensions: train on a toy density, draw Figure 4, print true numbers.
 
-python train_toy.py --path ot              half a minute on two CPU cores; results in runs/toy
+python train_toy.py --path ot              20 seconds on two CPU cores; results in runs/toy
 python train_toy.py --path ot vp           a row for each path: same seed, network and steps
 python train_toy.py --ablation             the five rows of Table 1
 python train_toy.py --data drawing.png     the dark pixels of a picture are the density
