@@ -3432,6 +3432,7 @@ SHORTER = {  # what the tests make of the page's settings
     "steps=300": "steps=20",
     "steps=200": "steps=50",
     "range(2000)": "range(300)",
+    "OTPath(), optimal)": "OTPath(), optimal, steps=60)",
     "range(500)": "range(2)",
     "data[:1000]": "data[:200]",
     "n = torch.tensor([0.0, 0.0]), 4000": "n = torch.tensor([0.0, 0.0]), 1000",
