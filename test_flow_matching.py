@@ -3197,6 +3197,7 @@ def test_folders_hidden_linked_and_flat(tmp_path):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / "a" / "000.png", folder / name)
     (folder / "empty").mkdir()
+    shutil.copy(folder / "a" / "000.png", tmp_path)  # beside the data, where a link leads
     paint(folder / ".store", 1, start=9)
     links = {"a/up": folder, "b/upper": tmp_path, "a/b": folder / "b", "loop": folder}
     links.update({"aa": folder / "b", "c": tmp_path / "else" / "a", "d": folder / ".store"})
@@ -3372,7 +3373,7 @@ def test_bpd_of_the_zero_field_is_the_gaussians(cifar, tmp_path, monkeypatch):
     monkeypatch.setattr(fm, "bits_per_dim", watched)
     clock = iter(range(0, 10_000, 100))  # 100 s a batch
     monkeypatch.setattr(train_cifar.time, "perf_counter", lambda: next(clock))
-    chosen = {5: [0, 1, 2, 4, 5], 7: range(7), 99: range(7)}  # evenly; no more than there are
+    chosen = {4: [0, 1, 3, 5], 7: range(7), 99: range(7)}  # evenly; no more than there are
     for count, indices in chosen.items():
         flags = f"--bpd {count} --test flat --eval-batch 3 --tol 1e-2 --K {1 + count // 9}"
         flags += f" --seed {count}"
@@ -3382,7 +3383,7 @@ def test_bpd_of_the_zero_field_is_the_gaussians(cifar, tmp_path, monkeypatch):
         assert float(mean) == pytest.approx(exact.mean().item(), abs=0.01)
         assert float(error) == pytest.approx((exact.std() / len(exact) ** 0.5).item(), abs=0.01)
         means, numbers, left = zip(*re.findall(r"(\S+) after (\d) images, time left (\S+)", text))
-        assert numbers == (("3", "5") if count == 5 else ("3", "6", "7"))
+        assert numbers == (("3", "4") if count == 4 else ("3", "6", "7"))
         assert left == ("0:03:20", "0:01:40", "0:00:00")[-len(numbers) :]
         assert float(means[0]) == pytest.approx(exact[:3].mean().item(), abs=0.02)
     assert len({state for state, *_ in seen}) == 8  # each seed and batch has noise of its own
